@@ -1,0 +1,726 @@
+"""Watch a torch model run, operation by operation, without touching the model.
+
+Two modes do the work. `learn` runs the model once and writes down every torch call: its name, what it read, what it
+made. `Runner` goes through the same calls again by position, with nothing to look up, and reads, cuts or changes what
+was asked for. Should a call differ from what was learnt, it raises `Diverged` instead of reading the wrong place.
+
+Names follow torchvision's feature-extraction nodes: the module path for what a `torch.nn` layer returns
+(`layer1.0.conv1`), `path.operation` for everything else (`layer1.0.add`), with `_1`, `_2` for repeats.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+
+from innersight import errors
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a recording holds
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands, in a node's arguments, for a tensor that descends from the model's input."""
+
+    node: int
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Const:
+    """Stands, in a node's arguments, for any other tensor: a weight, a table, a constant."""
+
+    shape: tuple[int, ...]
+    parameter: bool = False
+
+
+@dataclass
+class Node:
+    """One operation on something that descends from the input.
+
+    kind: "input"; "layer" (a new floating tensor); "view" (shares memory with what it read); "copy" (same values
+    elsewhere or in another shape); "opaque" (made where nothing can be watched); "sink" (leaves tensors: `.item()`);
+    "other" (integers, booleans, vectors).
+    """
+
+    index: int
+    op: str
+    path: str
+    kind: str
+    inputs: tuple[int, ...]
+    args: tuple
+    kwargs: dict[str, Any]
+    shapes: tuple[tuple[int, ...], ...]
+    itemsize: int
+    inplace: bool
+    position: int
+    parameters: int = 0
+    name: str = ""
+    owner: str = ""  # the torch.nn leaf module that returned this value, if one did
+    module: str = ""  # that module's class
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shapes[0] if self.shapes else ()
+
+
+@dataclass
+class Call:
+    """One torch call of the run, watched or not: what a second run must do again at this position."""
+
+    func: Callable
+    parameters: tuple[tuple[int, int], ...] = ()  # (argument slot, id): two experts may run the same operations
+    node: int | None = None
+    writes: bool = False
+    grad_mode: bool = False
+
+
+@dataclass
+class Recording:
+    """What one run did: every call in order, a node for each that descends from the input, and their names."""
+
+    calls: list[Call]
+    nodes: list[Node]
+    aliases: dict[str, list[int]]
+    inputs: list[int]
+    outputs: tuple[Ref, ...]
+    batch: int
+    by_name: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[Node]:
+        return [n for n in self.nodes if n.kind in ("layer", "opaque")]
+
+    def find(self, name: str) -> Node:
+        """The node of that name; the name of a module means the value it returned (its last call has `_N`)."""
+        if node := self.by_name.get(name):
+            return node
+        if name in self.aliases:
+            return self.nodes[self.aliases[name][0]]
+        stem, _, number = name.rpartition("_")
+        if stem in self.aliases and number.isdigit() and 0 < int(number) < len(self.aliases[stem]):
+            return self.nodes[self.aliases[stem][int(number)]]
+        names = [n.name for n in self.layers] + list(self.aliases)
+        raise errors.unknown("layer", name, dict.fromkeys(names), " in this network")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a torch call
+
+# Calls that make nothing new of the picture, or only shape. They are counted, so that positions hold, and pass through.
+_QUIET = frozenset(
+    "size dim ndimension numel nelement is_contiguous is_floating_point is_complex stride storage_offset element_size "
+    "get_device data_ptr untyped_storage storage requires_grad_ retain_grad register_hook share_memory_ is_pinned "
+    "_assert _assert_async __len__ __repr__ __format__ __hash__ __contains__ sym_size sym_numel sym_stride is_tensor "
+    "_has_compatible_shallow_copy_type is_same_size result_type can_cast is_nonzero is_grad_enabled _set_grad_enabled "
+    "set_grad_enabled _assert_tensor_metadata check_uniform_bounds isinstance_check".split()
+)
+_GRAD_MODE = frozenset({"_set_grad_enabled", "set_grad_enabled"})
+# Made from a tensor's shape alone: what they return does not descend from the picture.
+_FACTORIES = ("_like", "new_")
+# The same values elsewhere, in another type or another shape: resolvable by name, but no layer of its own.
+_COPIES = frozenset(
+    "contiguous clone to to_copy float double half bfloat16 type type_as cpu cuda reshape view flatten unflatten "
+    "detach alias dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout "
+    "native_dropout expand expand_as repeat repeat_interleave tile masked_fill setitem copy requires_grad lift_fresh "
+    "roll flip stack unbind split chunk tensor_split split_with_sizes index_select squeeze unsqueeze transpose permute "
+    "movedim swapaxes T mT data real getitem nan_to_num".split()
+)
+# Where `inplace` stands when it is given by position.
+_INPLACE_SLOT = {
+    **dict.fromkeys("relu relu6 silu hardswish hardsigmoid mish selu".split(), 1),
+    **dict.fromkeys("leaky_relu elu celu".split(), 2),
+    **dict.fromkeys("hardtanh threshold dropout alpha_dropout dropout1d dropout2d dropout3d".split(), 3),
+    "rrelu": 4,
+}
+_INPLACE_DUNDERS = frozenset(
+    "__iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__ __iand__ __ior__ __ixor__ __imod__ "
+    "__ilshift__ __irshift__ __imatmul__ __setitem__".split()
+)
+_RENAMED = {"max_pool1d_with_indices": "max_pool1d", "max_pool2d_with_indices": "max_pool2d",
+            "max_pool3d_with_indices": "max_pool3d", "truediv": "div", "_to_copy": "to",
+            "adaptive_max_pool2d_with_indices": "adaptive_max_pool2d", "_convolution": "convolution"}  # fmt: skip
+
+
+def raw_name(func: Callable) -> str:
+    """The name a torch call goes by: `add_`, `__iadd__`, `conv2d`; of an attribute read, the attribute's."""
+    name = getattr(func, "__name__", None) or type(func).__name__
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", name)
+    return name.partition(".")[0]  # conv2d.default
+
+
+def op_name(name: str) -> str:
+    """The operation's common name: `add_`, `__iadd__` and `__radd__` are all `add`."""
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+        if name[:1] in ("r", "i") and name[1:] in _OPERATORS:
+            name = name[1:]
+    elif name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    return _RENAMED.get(name, name)
+
+
+_OPERATORS = frozenset(
+    "add sub mul truediv floordiv div pow matmul mod and or xor lshift rshift".split()
+)  # what r and i may stand before
+
+
+def written(name: str, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The tensor a call writes into, if it writes into one that exists."""
+    if isinstance(kwargs.get("out"), torch.Tensor):
+        return kwargs["out"]
+    slot = _INPLACE_SLOT.get(name)
+    by_name = name in _INPLACE_DUNDERS or (name.endswith("_") and not name.endswith("__"))
+    by_argument = kwargs.get("inplace") is True or (slot is not None and args[slot : slot + 1] == (True,))
+    target = (args[0] if args else kwargs.get("input")) if by_name or by_argument else None
+    return target if isinstance(target, torch.Tensor) else None
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested tuples, lists and dicts, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for item in value.__dataclass_fields__:
+            yield from tensors_in(getattr(value, item, None))
+
+
+def first_tensor(value: Any) -> torch.Tensor | None:
+    return next(tensors_in(value), None)
+
+
+def with_first(value: Any, new: torch.Tensor) -> Any:
+    """`value` with its first tensor replaced; named tuples of torch stay what they are."""
+    if isinstance(value, torch.Tensor):
+        return new
+    items = list(value)
+    items[0] = with_first(items[0], new)
+    if isinstance(value, list):
+        return items
+    return type(value)(items) if type(value).__module__ == "torch.return_types" else tuple(items)
+
+
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """Equal for tensors that share memory; None for those that have none of their own (sparse, nested)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def version(tensor: torch.Tensor) -> int | None:
+    """Torch's count of in-place writes; inference tensors keep none."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
+
+
+# `F.multi_head_attention_forward` reaches a mode as one call. A copy of the function whose globals deny the mode runs
+# its inside under it: its linear, softmax and attention calls then arrive one by one, and nothing global is patched.
+_ATTENTION = F.multi_head_attention_forward
+_ATTENTION_OPEN = types.FunctionType(
+    _ATTENTION.__code__,
+    {**_ATTENTION.__globals__, **dict.fromkeys(
+        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False)},
+    _ATTENTION.__name__, _ATTENTION.__defaults__, _ATTENTION.__closure__,
+)  # fmt: skip
+_ATTENTION_OPEN.__kwdefaults__ = _ATTENTION.__kwdefaults__
+
+
+def _run_attention_under(mode: TorchFunctionMode, args: tuple, kwargs: dict) -> Any:
+    _push_mode(mode)  # not `with mode:`, which would run the observer's own enter and exit in the middle of a run
+    try:
+        return _ATTENTION_OPEN(*args, **kwargs)
+    finally:
+        _pop_mode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+_learning = threading.local()
+
+
+def call_as(path: str, fn: Callable, *args: Any, leaf: bool = True, **kwargs: Any) -> Any:
+    """Run `fn` as the part of the network called `path`; with `leaf` what it returns is the layer of that name.
+
+    For interpreters of other formats, which have operations but no modules. Costs nothing unless a run is learnt.
+    """
+    learner: _Learner | None = getattr(_learning, "learner", None)
+    if learner is None:
+        return fn(*args, **kwargs)
+    entered = learner.enter(path)
+    out = None
+    try:
+        out = fn(*args, **kwargs)
+        return out
+    finally:
+        learner.leave(entered, out, leaf=path if leaf else "", kind="")
+
+
+class _Learner(TorchFunctionMode):
+    """Writes down a run. Module paths come from process-wide hooks that heed only this thread and these modules."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.paths: dict[int, list[str]] = {}
+        for path, m in module.named_modules(remove_duplicate=False):
+            self.paths.setdefault(id(m), []).append(path)
+        self.calls: list[Call] = []
+        self.nodes: list[Node] = []
+        self.aliases: dict[str, list[int]] = {}
+        self.scope: list[tuple[str, int]] = [("", 0)]  # (module path, first node of that call)
+        self.marks: dict[int, tuple[weakref.ref, tuple[Ref, ...]]] = {}
+        self.sharing: dict[int, list[weakref.ref]] = {}
+        self.constants = {id(t) for m in module.modules() for t in _tensors_held(m)}
+        self.batch = 0
+        self.check: Callable[[Node, torch.Tensor], None] | None = None
+
+    # -- who descends from the input
+
+    def mark(self, tensor: torch.Tensor, refs: tuple[Ref, ...]) -> None:
+        ref = weakref.ref(tensor)
+        self.marks[id(tensor)] = ref, refs
+        if (key := storage_key(tensor)) is not None:
+            self.sharing.setdefault(key, []).append(ref)
+
+    def refs(self, tensor: torch.Tensor) -> tuple[Ref, ...] | None:
+        """The nodes a tensor descends from: () for one made from constants alone, None for one never seen."""
+        entry = self.marks.get(id(tensor))
+        return entry[1] if entry and entry[0]() is tensor else None
+
+    def add_input(self, tensor: torch.Tensor) -> int:
+        node = self.add("input", "input", (), (), {}, [tensor], False, -1)
+        self.batch = self.batch or (tensor.shape[0] if tensor.dim() else 1)
+        self.mark(tensor, (Ref(node.index),))
+        return node.index
+
+    def add(self, op: str, kind: str, inputs: tuple, args: tuple, kwargs: dict, outs: list, inplace: bool,
+            position: int) -> Node:  # fmt: skip
+        node = Node(
+            len(self.nodes), op, self.scope[-1][0], kind, inputs, args, kwargs,
+            tuple(tuple(t.shape) for t in outs), outs[0].element_size() if outs else 0, inplace, position,
+        )  # fmt: skip
+        self.nodes.append(node)
+        return node
+
+    # -- modules
+
+    def enter(self, path: str) -> int:
+        self.scope.append((path, len(self.nodes)))
+        return len(self.scope)
+
+    def leave(self, depth: int, output: Any, leaf: str, kind: str) -> None:
+        path, first = self.scope[depth - 1]
+        del self.scope[depth - 1 :]
+        tensor = first_tensor(output)
+        refs = self.refs(tensor) if tensor is not None else None
+        if refs:
+            node = self.nodes[refs[-1].node]
+            self.aliases.setdefault(path, []).append(node.index)
+            if leaf and node.index >= first and node.path == path and node.kind != "input":
+                node.owner, node.module = leaf, kind
+
+    def before(self, module: nn.Module, _args: Any) -> None:
+        if getattr(_learning, "learner", None) is self and (paths := self.paths.get(id(module))) and paths[0]:
+            self.enter(paths[0])
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if getattr(_learning, "learner", None) is not self:
+            return
+        paths = self.paths.get(id(module))
+        if not paths or not paths[0]:
+            return
+        depth = len(self.scope)
+        while depth > 1 and self.scope[depth - 1][0] != paths[0]:  # calls that ended in an exception left no event
+            depth -= 1
+        if depth == 1:
+            return
+        if isinstance(module, torch.jit.ScriptModule):
+            self.opaque(args, output)
+        leaf = type(module).__module__.startswith("torch.nn.modules") and next(module.children(), None) is None
+        self.leave(depth, output, paths[0] if leaf else "", type(module).__name__ if leaf else "")
+        for other in paths[1:]:  # the same module under a second name
+            if paths[0] in self.aliases:
+                self.aliases[other] = self.aliases[paths[0]]
+
+    def opaque(self, args: Any, output: Any) -> None:
+        """A scripted part of the network: its inside cannot be seen, what it made can."""
+        outs = [t for t in tensors_in(output) if t.is_floating_point() and self.refs(t) is None]
+        inputs = tuple(dict.fromkeys(r.node for t in tensors_in(args) for r in self.refs(t) or ()))
+        if outs and inputs:
+            node = self.add("opaque", "opaque", inputs, (), {}, outs, False, len(self.calls))
+            for k, t in enumerate(outs):
+                self.mark(t, (Ref(node.index, k),))
+
+    # -- operations
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _ATTENTION:
+            return _run_attention_under(self, args, kwargs)
+        name = raw_name(func)
+        call = Call(func, grad_mode=name in _GRAD_MODE)
+        position = len(self.calls)
+        self.calls.append(call)
+        if name in _QUIET:
+            return func(*args, **kwargs)
+        target = written(name, args, kwargs)
+        call.writes = target is not None or (name == "batch_norm" and _updates_statistics(args, kwargs))
+        call.parameters = tuple((slot, id(a)) for slot, a in enumerate(args) if isinstance(a, nn.Parameter))
+        read = self.reads(args, kwargs, position)
+        out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # an outer observer has no business with our own calls
+            self.note(call, name, func, args, kwargs, read, target, out, position)
+        return out
+
+    def reads(self, args: tuple, kwargs: dict, position: int) -> list[Ref]:
+        found: dict[Ref, None] = {}
+        for t in tensors_in((args, kwargs)):
+            refs = self.refs(t)
+            if refs is None and self.unseen(t):
+                node = self.add("opaque", "opaque", (), (), {}, [t], False, position)
+                refs = (Ref(node.index),)
+                self.mark(t, refs)
+            found.update(dict.fromkeys(refs or ()))
+        return list(found)
+
+    def unseen(self, t: torch.Tensor) -> bool:
+        """Made of the picture where no operation was seen: by a scripted function, or below Python."""
+        return (
+            t.is_floating_point() and t.dim() >= 2 and t.shape[0] == self.batch
+            and not isinstance(t, nn.Parameter) and id(t) not in self.constants
+        )  # fmt: skip
+
+    def note(self, call: Call, name: str, func: Callable, args: tuple, kwargs: dict, read: list[Ref],
+             target: torch.Tensor | None, out: Any, position: int) -> None:  # fmt: skip
+        outs = [target] if target is not None else list(tensors_in(out))
+        if not read or name.endswith(_FACTORIES[0]) or name.startswith(_FACTORIES[1]):
+            for t in outs:
+                if target is None or self.refs(t) is None:
+                    self.mark(t, ())
+            return
+        op = op_name(name)
+        if not outs:
+            if name != "__get__" and not _is_attribute(func):
+                self.add(op, "sink", tuple(r.node for r in read), (), {}, [], False, position)
+            return
+        first = outs[0]
+        keys = {k for t in tensors_in((args, kwargs)) if (k := storage_key(t)) is not None}
+        shares = storage_key(first) in keys
+        if not first.is_floating_point() or first.dim() < 2:
+            kind = "view" if shares and target is None else "other"
+        elif target is None and shares:
+            kind = "view"
+        else:
+            kind = "copy" if op in _COPIES else "layer"
+        inputs = tuple(dict.fromkeys(r.node for r in read))
+        node = self.add(op, kind, inputs, self.freeze(args), self.freeze(kwargs), outs, target is not None, position)
+        node.parameters = sum(t.numel() for t in tensors_in((args, kwargs)) if isinstance(t, nn.Parameter))
+        call.node = node.index
+        for k, t in enumerate(outs):
+            self.mark(t, (Ref(node.index, k),))
+        if target is not None:
+            self.spread(target, Ref(node.index))
+        if self.check is not None:
+            self.check(node, first)
+
+    def spread(self, target: torch.Tensor, ref: Ref) -> None:
+        """After a write, every live tensor on the same memory descends from it too."""
+        for other_ref in self.sharing.get(storage_key(target) or -1, ()):
+            other = other_ref()
+            if other is None or other is target:
+                continue
+            same = (other.shape, other.stride(), other.storage_offset()) == (
+                target.shape, target.stride(), target.storage_offset())  # fmt: skip
+            old = () if same else self.refs(other) or ()
+            self.marks[id(other)] = other_ref, (*old, ref)
+
+    def freeze(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            refs = self.refs(value)
+            return refs[-1] if refs else Const(tuple(value.shape), isinstance(value, nn.Parameter))
+        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+            return tuple(self.freeze(v) for v in value)
+        if isinstance(value, dict):
+            return {k: self.freeze(v) for k, v in value.items()}
+        return value
+
+    def finish(self, inputs: list[int], output: Any) -> Recording:
+        used: dict[str, int] = {}
+        by_name: dict[str, Node] = {}
+        for node in self.nodes:
+            stem = node.owner or (f"{node.path}.{node.op}" if node.path else node.op)
+            name, number = stem, used.get(stem, 0)
+            if number:
+                name = f"{stem}_{number}"
+            used[stem] = number + 1
+            while name in by_name:  # a module may be called `relu_1` as well
+                name = f"{stem}_{used[stem]}"
+                used[stem] += 1
+            node.name = name
+            by_name[name] = node
+        outputs = tuple(refs[-1] for t in tensors_in(output) if (refs := self.refs(t)))
+        return Recording(self.calls, self.nodes, self.aliases, inputs, outputs, self.batch, by_name)
+
+
+def _tensors_held(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.buffers(recurse=False)
+    if not isinstance(module, torch.jit.ScriptModule):
+        yield from (t for v in vars(module).values() for t in tensors_in(v) if not isinstance(v, nn.Module))
+
+
+def _is_attribute(func: Callable) -> bool:
+    return getattr(func, "__name__", "") in ("__get__", "__set__")
+
+
+def _updates_statistics(args: tuple, kwargs: dict) -> bool:
+    return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
+
+
+def learn(
+    module: nn.Module,
+    *inputs: torch.Tensor,
+    call: Callable[..., Any] | None = None,
+    check: Callable[[Node, torch.Tensor], None] | None = None,
+) -> Recording:
+    """Run `module(*inputs)` (or `call(module, *inputs)`) once without gradients and write down what it did.
+
+    `check(node, value)` is called behind every operation. The caller has put the model into the state it shall run in.
+    """
+    learner = _Learner(module)
+    learner.check = check
+    before = nn.modules.module.register_module_forward_pre_hook(learner.before)
+    after = nn.modules.module.register_module_forward_hook(learner.after, always_call=True)
+    outer = getattr(_learning, "learner", None)
+    _learning.learner = learner
+    try:
+        own = [t.detach().clone() for t in inputs]  # the model may write into what it is given
+        nodes = [learner.add_input(t) for t in own]
+        with torch.no_grad(), learner:
+            output = call(module, *own) if call else module(*own)
+        return learner.finish(nodes, output)
+    finally:
+        _learning.learner = outer
+        before.remove()
+        after.remove()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running again, by position
+
+
+class Diverged(BaseException):
+    """The model took another path than the one that was learnt. Not an Exception: models catch those."""
+
+
+class _Stop(BaseException):
+    """Everything that was asked for has been seen."""
+
+
+@dataclass
+class Tap:
+    """What to do at one node: keep its value (as it is or reduced), note where its gradient arrives, change it."""
+
+    keep: bool = False
+    gradient: bool = False
+    reduce: Callable[[torch.Tensor], Any] | None = None
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+class _Leaf(torch.autograd.Function):
+    """Makes a value, where it lies, the start of the graph: what arrives for it goes to `leaf`.
+
+    In place, so that callers who ignore what an in-place operation returns are followed too, and no map is copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, _leaf: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(value)
+        return value
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: Any) -> Any:
+        return None, gradients[0]
+
+
+class Runner(TorchFunctionMode):
+    """Runs a learnt model again and does what the taps say.
+
+    taps:  {node index: Tap}
+    stop:  end the run when the last tap has been served
+    cut:   call position up to which nothing is recorded for autograd (the earliest gradient tap)
+    """
+
+    def __init__(self, recording: Recording, taps: Mapping[int, Tap], stop: bool = False):
+        super().__init__()
+        self.recording = recording
+        self.calls = recording.calls
+        self.length = len(self.calls)
+        self.position = 0
+        self.taps = {recording.nodes[n].position: (recording.nodes[n], tap) for n, tap in taps.items()}
+        self.opaque = any(node.kind == "opaque" for node, _ in self.taps.values())
+        self.last = max(self.taps, default=-1) if stop else self.length
+        gradients = [p for p, (_, tap) in self.taps.items() if tap.gradient]
+        self.cut = min(gradients, default=-1)
+        self.values: dict[int, Any] = {}
+        self.edges: dict[int, Any] = {}
+        self._kept: dict[int, list[int]] = {}  # storage -> nodes whose kept value lies there
+        self._versions: dict[int, int | None] = {}
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _ATTENTION:
+            return _run_attention_under(self, args, kwargs)
+        position = self.position
+        self.position = position + 1
+        if position >= self.length:
+            raise Diverged
+        call = self.calls[position]
+        if func is not call.func and func != call.func:
+            raise Diverged
+        for slot, key in call.parameters:
+            if slot >= len(args) or id(args[slot]) != key:
+                raise Diverged
+        if position in self.taps:
+            return self._tapped(position, call, func, args, kwargs)
+        if call.writes and self._kept:
+            self._protect(func, args, kwargs)
+        return self._run(position, call, func, args, kwargs)
+
+    def _run(self, position: int, call: Call, func: Callable, args: tuple, kwargs: dict) -> Any:
+        # Grad mode is switched around the single call: left off, it would override the model's own no_grad.
+        if position > self.cut or call.grad_mode or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        torch._C._set_grad_enabled(False)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(True)
+
+    def _tapped(self, position: int, call: Call, func: Callable, args: tuple, kwargs: dict) -> Any:
+        node, tap = self.taps[position]
+        if node.kind == "opaque":  # no call made it: it is read where it is first used
+            value = next(t for t in tensors_in((args, kwargs)) if tuple(t.shape[1:]) == node.shape[1:])
+            self._serve(node, tap, value)
+            if position >= self.last:
+                raise _Stop
+            return self._run(position, call, func, args, kwargs)
+        if call.writes and self._kept:
+            self._protect(func, args, kwargs)
+        out = self._run(position, call, func, args, kwargs)
+        target = written(raw_name(func), args, kwargs) if call.writes else None
+        value = target if target is not None else first_tensor(out)
+        if value is None:
+            raise Diverged
+        new = self._serve(node, tap, value)
+        if position >= self.last:
+            raise _Stop
+        if new is value:
+            return out
+        return new if out is None else with_first(out, new)
+
+    def _serve(self, node: Node, tap: Tap, value: torch.Tensor) -> torch.Tensor:
+        if tap.change is not None:
+            new = tap.change(value)
+            if node.inplace:
+                with torch.no_grad():
+                    value.copy_(new)
+            else:
+                value = new
+        if tap.gradient:
+            value = self._gradient_here(node, value)
+        if tap.reduce is not None:
+            self.values[node.index] = tap.reduce(value.detach())
+        elif tap.keep:
+            kept = value.detach()
+            self.values[node.index] = kept
+            self._versions[node.index] = version(kept)
+            if (key := storage_key(kept)) is not None:
+                self._kept.setdefault(key, []).append(node.index)
+        return value
+
+    def _gradient_here(self, node: Node, value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            raise errors.Unsupported(f"layer {node.name!r} holds integers, which have no gradient")
+        if value.requires_grad:
+            # The edge stays at this value whatever is written in place behind it; retain_grad would move along.
+            self.edges[node.index] = torch.autograd.graph.get_gradient_edge(value)
+            return value
+        with torch.enable_grad():
+            if node.kind == "opaque" or value._is_view():
+                if node.inplace or node.kind == "opaque":
+                    raise errors.Unsupported(
+                        f"the gradient at {node.name!r} cannot be taken alone; take a layer before or behind it"
+                    )
+                leaf = value.detach().requires_grad_()
+                value = leaf.clone()  # a leaf itself may not be written in place
+            else:
+                leaf = torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape).requires_grad_()
+                value = _Leaf.apply(value, leaf)
+        self.edges[node.index] = leaf
+        return value
+
+    def _protect(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        """Copy on write: what was kept is copied just before an in-place operation would change it."""
+        target = written(raw_name(func), args, kwargs)
+        if target is None:
+            return
+        for index in self._kept.pop(storage_key(target) or -1, ()):
+            self.values[index] = self.values[index].clone()
+            self._versions[index] = version(self.values[index])
+
+    def finish(self) -> None:
+        """Check that the run was the one that was learnt and that nothing kept was changed unseen."""
+        for index, noted in self._versions.items():
+            if noted is not None and version(self.values[index]) != noted:
+                name = self.recording.nodes[index].name
+                raise errors.Unsupported(f"layer {name!r} was overwritten by an operation that cannot be watched")
+
+
+def run(
+    module: nn.Module,
+    recording: Recording,
+    inputs: Iterable[torch.Tensor],
+    taps: Mapping[int, Tap],
+    stop: bool = False,
+    call: Callable[..., Any] | None = None,
+    runner: type[Runner] = Runner,
+    **options: Any,
+) -> tuple[Any, Runner]:
+    """One watched run: the model's output (None if it was stopped early) and the runner with what it kept.
+
+    Raises `Diverged` where the model does other than it did when it was learnt.
+    """
+    mode = runner(recording, taps, stop, **options)
+    if stop and mode.last < 0:
+        return None, mode
+    output = None
+    try:
+        with mode:
+            output = call(module, *inputs) if call else module(*inputs)
+    except _Stop:
+        pass
+    else:
+        if mode.position != mode.length:
+            raise Diverged
+    mode.finish()
+    return output, mode
