@@ -501,10 +501,12 @@ def learn(
     *inputs: torch.Tensor,
     call: Callable[..., Any] | None = None,
     check: Callable[[Node, torch.Tensor], None] | None = None,
+    grad: bool = False,
 ) -> Recording:
-    """Run `module(*inputs)` (or `call(module, *inputs)`) once without gradients and write down what it did.
+    """Run `module(*inputs)` (or `call(module, *inputs)`) once and write down what it did.
 
-    `check(node, value)` is called behind every operation. The caller has put the model into the state it shall run in.
+    `check(node, value)` is called behind every operation. Some models go another way when gradients are recorded; with
+    `grad` they are. The caller has put the model into the state it shall run in.
     """
     learner = _Learner(module)
     learner.check = check
@@ -513,9 +515,10 @@ def learn(
     outer = getattr(_learning, "learner", None)
     _learning.learner = learner
     try:
-        own = [t.detach().clone() for t in inputs]  # the model may write into what it is given
+        with torch.set_grad_enabled(grad):  # clones: the model may write into what it is given
+            own = [t.detach().requires_grad_(grad and t.is_floating_point()).clone() for t in inputs]
         nodes = [learner.add_input(t) for t in own]
-        with torch.no_grad(), learner:
+        with torch.set_grad_enabled(grad), learner:
             output = call(module, *own) if call else module(*own)
         return learner.finish(nodes, output)
     finally:
@@ -567,20 +570,19 @@ class Runner(TorchFunctionMode):
 
     taps:  {node index: Tap}
     stop:  end the run when the last tap has been served
-    cut:   call position up to which nothing is recorded for autograd (the earliest gradient tap)
+    cut:   call position up to which nothing is recorded for autograd; default the earliest gradient tap
     """
 
-    def __init__(self, recording: Recording, taps: Mapping[int, Tap], stop: bool = False):
+    def __init__(self, recording: Recording, taps: Mapping[int, Tap], stop: bool = False, cut: int | None = None):
         super().__init__()
         self.recording = recording
         self.calls = recording.calls
         self.length = len(self.calls)
         self.position = 0
         self.taps = {recording.nodes[n].position: (recording.nodes[n], tap) for n, tap in taps.items()}
-        self.opaque = any(node.kind == "opaque" for node, _ in self.taps.values())
         self.last = max(self.taps, default=-1) if stop else self.length
         gradients = [p for p, (_, tap) in self.taps.items() if tap.gradient]
-        self.cut = min(gradients, default=-1)
+        self.cut = min(gradients, default=-1) if cut is None else cut
         self.values: dict[int, Any] = {}
         self.edges: dict[int, Any] = {}
         self._kept: dict[int, list[int]] = {}  # storage -> nodes whose kept value lies there
@@ -619,8 +621,8 @@ class Runner(TorchFunctionMode):
     def _tapped(self, position: int, call: Call, func: Callable, args: tuple, kwargs: dict) -> Any:
         node, tap = self.taps[position]
         if node.kind == "opaque":  # no call made it: it is read where it is first used
-            value = next(t for t in tensors_in((args, kwargs)) if tuple(t.shape[1:]) == node.shape[1:])
-            self._serve(node, tap, value)
+            seen = next(t for t in tensors_in((args, kwargs)) if tuple(t.shape[1:]) == node.shape[1:])
+            self._serve(node, tap, seen)
             if position >= self.last:
                 raise _Stop
             return self._run(position, call, func, args, kwargs)

@@ -1,0 +1,261 @@
+"""Passes: one trip of a batch through the network, with the activations and gradients that were asked for.
+
+The engine keeps what it learnt of the network, cuts batches to a memory budget, runs no further than the last layer
+asked for, and records for autograd only behind the earliest layer whose gradient is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from innersight import errors
+from innersight.observe import guard, observer
+from innersight.observe.observer import Recording, Tap
+
+INPUT = "input"
+_CHUNK = {"cpu": 16, "cuda": 128}  # larger batches gain nothing on a CPU and fall out of its caches
+
+
+@dataclass
+class Pass:
+    """What one trip brought back.
+
+    output:    what the model returned; None if the run ended early
+    values:    layer -> activation, as the model holds it (batch first), or what `reduce` made of it
+    gradients: layer (or "input") -> gradient of the summed scores; None where the score does not depend on the layer
+    scores:    what was differentiated, one number an image
+    """
+
+    output: Any = None
+    values: dict[str, Any] = field(default_factory=dict)
+    gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    scores: torch.Tensor | None = None
+
+
+class Engine:
+    """Runs one module: learns it once per input shape, then reads what is asked.
+
+    call:        how the module takes a batch, where that is not `module(batch)`
+    fixed_batch: the only batch size it takes; smaller batches are filled up with their last image
+    budget:      bytes that a pass may use; default a quarter of what is free when the pass starts
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Callable[..., Any] | None = None,
+        fixed_batch: int | None = None,
+        budget: int | None = None,
+    ):
+        self.module = module
+        self.call = call
+        self.fixed_batch = fixed_batch
+        self.budget = budget
+        self._recordings: dict[tuple, Recording] = {}
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Everything the engine does happens inside one: the model is in eval mode there and as before behind it."""
+        with guard.as_found(self.module), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model's own, and autograd's about what we ask of it
+            yield
+
+    # -- learning
+
+    def recording(self, x: torch.Tensor, grad: bool = False, again: bool = False) -> Recording:
+        """What the model does with a batch of this shape; learnt from `x` if it has not been before."""
+        key = (tuple(x.shape[1:]), x.dtype, x.device)
+        if grad and not again and (*key, "grad") in self._recordings:
+            return self._recordings[*key, "grad"]
+        if key not in self._recordings or again:
+            guard.seed(self.module)
+            one = x[: self.fixed_batch or 1] if not again else x
+            learnt = observer.learn(self.module, self._filled(one)[0], call=self.call, grad=grad)
+            self._recordings[(*key, "grad") if grad else key] = learnt
+            return learnt
+        return self._recordings[key]
+
+    def _filled(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The batch at the size the model insists on, and how many of its images are real."""
+        n = x.shape[0]
+        if self.fixed_batch is None or n == self.fixed_batch:
+            return x, n
+        return torch.cat([x, x[-1:].expand(self.fixed_batch - n, *x.shape[1:])]), n
+
+    # -- one pass
+
+    def run(
+        self,
+        x: torch.Tensor,
+        read: Sequence[str] = (),
+        gradients: Sequence[str] = (),
+        score: Callable[[Any], torch.Tensor] | None = None,
+        reduce: Mapping[str, Callable[[torch.Tensor], Any]] | None = None,
+        change: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+        output: bool = True,
+    ) -> Pass:
+        """One trip of the batch `x`.
+
+        read:      layers whose activation is wanted
+        gradients: layers, or "input", where d sum(score(output)) / d value is wanted
+        reduce:    layer -> what to make of its activation at once, instead of keeping it
+        change:    layer -> what to put in the place of its activation
+        output:    False ends the run behind the last layer read
+
+        Raises InputError if the model runs into NaN (naming the first layer that made one), Unsupported where a
+        gradient cannot be taken or the model takes another way each time.
+        """
+        reduce, change = reduce or {}, change or {}
+        wanted = bool(gradients)
+        if not (output or wanted or read or reduce or change):
+            return Pass()
+        for attempt in range(3):
+            recording = self.recording(x, grad=wanted and attempt == 1, again=attempt > 0)
+            try:
+                return self._run(recording, x, read, gradients, score, reduce, change, output or wanted)
+            except observer.Diverged:
+                continue
+        raise errors.Unsupported("this model does something else each time it runs, so its layers cannot be told apart")
+
+    def _run(self, recording: Recording, x: torch.Tensor, read: Any, gradients: Any, score: Any, reduce: Any,
+             change: Any, output: bool) -> Pass:  # fmt: skip
+        taps: dict[int, Tap] = {}
+        nodes = {name: recording.find(name) for name in {*read, *gradients, *reduce, *change} if name != INPUT}
+
+        def tap(name: str) -> Tap:
+            return taps.setdefault(nodes[name].index, Tap())
+
+        for name in read:
+            if name != INPUT:
+                tap(name).keep = True
+        for name in gradients:
+            if name != INPUT:
+                tap(name).gradient = True
+        for name, fn in reduce.items():
+            tap(name).reduce = fn
+        for name, fn in change.items():
+            tap(name).change = fn
+        x, real = self._filled(x)
+        batch = x.shape[0]
+        guard.seed(self.module)
+        with torch.set_grad_enabled(bool(gradients)):
+            leaf = x.detach().requires_grad_() if INPUT in gradients else x
+            answer, runner = observer.run(
+                self.module, recording, [leaf.clone()], taps,  # a clone: the model may write into what it is given
+                stop=not output, cut=-1 if INPUT in gradients else None, call=self.call,
+            )  # fmt: skip
+            values = {name: runner.values[node.index] for name, node in nodes.items() if node.index in runner.values}
+            if INPUT in read:
+                values[INPUT] = x
+            passed = Pass(answer, {name: _real(value, real, batch) for name, value in values.items()})
+            self._refuse_nan(x, passed)
+            if gradients:
+                passed.scores, found = _differentiate(
+                    score(answer), [leaf if g == INPUT else runner.edges[nodes[g].index] for g in gradients], real
+                )
+                passed.gradients = {g: _real(f, real, batch) for g, f in zip(gradients, found, strict=True)}
+        return passed
+
+    # -- what can go wrong
+
+    def _refuse_nan(self, x: torch.Tensor, passed: Pass) -> None:
+        """Name the first layer that made NaN; the last value read tells as well as the output does."""
+        suspects = [t for t in observer.tensors_in(passed.output) if t.is_floating_point()]
+        suspects = suspects or [v for v in list(passed.values.values())[-1:] if isinstance(v, torch.Tensor)]
+        if not any(bool(torch.isnan(t.detach().sum())) for t in suspects if t.numel()):
+            return
+        first: list[observer.Node] = []
+
+        def look(node: observer.Node, value: torch.Tensor) -> None:
+            if not first and value.is_floating_point() and bool(torch.isnan(value).any()):
+                first.append(node)
+
+        guard.seed(self.module)
+        observer.learn(self.module, x, call=self.call, check=look)
+        if first:
+            raise errors.InputError(
+                f"the network's output is NaN (not a number); the first layer to produce one is {first[0].name!r}: "
+                "check the weights of that layer and the range of the input"
+            )
+
+    # -- budget
+
+    def chunk_size(self, x: torch.Tensor, read: Sequence[str] = (), gradients: Sequence[str] = ()) -> int:
+        """How many images of `x` go into one pass, so that it stays inside the budget."""
+        if self.fixed_batch:
+            return self.fixed_batch
+        recording = self.recording(x)
+        made = [0.0 if n.kind == "view" else _bytes(n) / max(recording.batch, 1) for n in recording.nodes]
+        need = sum(made[recording.find(name).index] for name in read if name != INPUT)
+        if gradients:  # what autograd keeps, and gradients on their way back
+            first = 0 if INPUT in gradients else min(recording.find(g).index for g in gradients)
+            need += 2.5 * sum(made[first:])
+        else:
+            need += 6.0 * max(made, default=0.0)
+        budget = self.budget or free_memory(x.device) // 4
+        return int(max(1, min(_CHUNK.get(x.device.type, 16), budget // max(need, 1.0), x.shape[0])))
+
+    def chunks(self, x: torch.Tensor, run: Callable[[torch.Tensor, slice], Any], size: int) -> Iterator[Any]:
+        """`run(x[part], part)` over the batch, `size` images at a time; smaller ones if a device has too little."""
+        start = 0
+        while start < x.shape[0]:
+            part = slice(start, min(start + size, x.shape[0]))
+            try:
+                result = run(x[part], part)
+            except torch.OutOfMemoryError:
+                if size == 1 or self.fixed_batch:
+                    raise
+                size = max(1, size // 2)
+                continue
+            yield result
+            start = part.stop
+
+
+def _differentiate(scores: torch.Tensor, at: list, real: int) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+    if not scores.requires_grad:
+        return scores[:real], [None] * len(at)
+    try:
+        return scores.detach()[:real], torch.autograd.grad(scores[:real].sum(), at, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" in str(error):
+            raise errors.Unsupported(
+                "this model uses reentrant checkpointing, which allows no gradient to its input; "
+                "build it with use_reentrant=False or without checkpointing"
+            ) from error
+        raise
+
+
+def _bytes(node: observer.Node) -> float:
+    return float(sum(math.prod(shape) for shape in node.shapes) * node.itemsize)
+
+
+def _real(value: Any, real: int, batch: int) -> Any:
+    """Without the images that only filled up a fixed batch."""
+    if real != batch and isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch:
+        return value[:real]
+    return value
+
+
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that can be allocated now."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as info:
+            return next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30
