@@ -65,6 +65,7 @@ class Node:
     inplace: bool
     position: int
     parameters: int = 0
+    partial: bool = False  # written into part of what another live tensor holds
     name: str = ""
     owner: str = ""  # the torch.nn leaf module that returned this value, if one did
     module: str = ""  # that module's class
@@ -452,6 +453,7 @@ class _Learner(TorchFunctionMode):
             same = (other.shape, other.stride(), other.storage_offset()) == (
                 target.shape, target.stride(), target.storage_offset())  # fmt: skip
             old = () if same else self.refs(other) or ()
+            self.nodes[ref.node].partial |= not same
             self.marks[id(other)] = other_ref, (*old, ref)
 
     def freeze(self, value: Any) -> Any:
@@ -541,9 +543,10 @@ class _Stop(BaseException):
 
 @dataclass
 class Tap:
-    """What to do at one node: keep its value (as it is or reduced), note where its gradient arrives, change it."""
+    """What to do at one node: keep its value (plain, reduced or live in the graph), note its gradient, change it."""
 
     keep: bool = False
+    live: bool = False
     gradient: bool = False
     reduce: Callable[[torch.Tensor], Any] | None = None
     change: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -585,6 +588,7 @@ class Runner(TorchFunctionMode):
         self.cut = min(gradients, default=-1) if cut is None else cut
         self.values: dict[int, Any] = {}
         self.edges: dict[int, Any] = {}
+        self.live: dict[int, torch.Tensor] = {}
         self._kept: dict[int, list[int]] = {}  # storage -> nodes whose kept value lies there
         self._versions: dict[int, int | None] = {}
 
@@ -650,6 +654,8 @@ class Runner(TorchFunctionMode):
                 value = new
         if tap.gradient:
             value = self._gradient_here(node, value)
+        if tap.live:
+            self.live[node.index] = value
         if tap.reduce is not None:
             self.values[node.index] = tap.reduce(value.detach())
         elif tap.keep:

@@ -41,6 +41,43 @@ class Pass:
     scores: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """What one pass shall bring back.
+
+    read:      layers whose activation is wanted
+    gradients: layers, or "input", where d sum(score) / d value is wanted
+    score:     the output -> one number an image
+    reduce:    layer -> what to make of its activation at once, instead of keeping it
+    change:    layer -> what to put in the place of its activation
+    output:    False ends the run behind the last layer asked for
+    of:        a layer whose activation is scored instead of the output; the run ends there
+    """
+
+    read: Sequence[str] = ()
+    gradients: Sequence[str] = ()
+    score: Callable[[Any], torch.Tensor] = observer.first_tensor
+    reduce: Mapping[str, Callable[[torch.Tensor], Any]] = field(default_factory=dict)
+    change: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
+    output: bool = True
+    of: str | None = None
+
+    @property
+    def layers(self) -> list[str]:
+        """Every layer that is touched, each once; the input is none of them."""
+        of = () if self.of is None else (self.of,)
+        names = dict.fromkeys((*self.read, *self.gradients, *self.reduce, *self.change, *of))
+        return [name for name in names if name != INPUT]
+
+    @property
+    def runs_to_the_end(self) -> bool:
+        return self.of is None and (self.output or bool(self.gradients))
+
+    @property
+    def nothing(self) -> bool:
+        return not self.runs_to_the_end and not self.layers
+
+
 class Engine:
     """Runs one module: learns it once per input shape, then reads what is asked.
 
@@ -78,10 +115,19 @@ class Engine:
             return self._recordings[*key, "grad"]
         if key not in self._recordings or again:
             guard.seed(self.module)
-            one = x[: self.fixed_batch or 1] if not again else x
+            one = x if again else x[:1]  # what a model does with the whole batch matters only if it then diverged
             learnt = observer.learn(self.module, self._filled(one)[0], call=self.call, grad=grad)
             self._recordings[(*key, "grad") if grad else key] = learnt
             return learnt
+        return self._recordings[key]
+
+    def recording_of_two(self, x: torch.Tensor) -> Recording:
+        """What the model does with two such images: which shapes double tells which dimension holds the batch."""
+        key = (tuple(x.shape[1:]), x.dtype, x.device, "two")
+        if key not in self._recordings:
+            guard.seed(self.module)
+            two = torch.cat([x[:1], x[:1]])
+            self._recordings[key] = observer.learn(self.module, two, call=self.call)
         return self._recordings[key]
 
     def _filled(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -93,76 +139,53 @@ class Engine:
 
     # -- one pass
 
-    def run(
-        self,
-        x: torch.Tensor,
-        read: Sequence[str] = (),
-        gradients: Sequence[str] = (),
-        score: Callable[[Any], torch.Tensor] | None = None,
-        reduce: Mapping[str, Callable[[torch.Tensor], Any]] | None = None,
-        change: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
-        output: bool = True,
-    ) -> Pass:
+    def run(self, x: torch.Tensor, request: Request) -> Pass:
         """One trip of the batch `x`.
-
-        read:      layers whose activation is wanted
-        gradients: layers, or "input", where d sum(score(output)) / d value is wanted
-        reduce:    layer -> what to make of its activation at once, instead of keeping it
-        change:    layer -> what to put in the place of its activation
-        output:    False ends the run behind the last layer read
 
         Raises InputError if the model runs into NaN (naming the first layer that made one), Unsupported where a
         gradient cannot be taken or the model takes another way each time.
         """
-        reduce, change = reduce or {}, change or {}
-        wanted = bool(gradients)
-        if not (output or wanted or read or reduce or change):
+        if request.nothing:
             return Pass()
-        for attempt in range(3):
-            recording = self.recording(x, grad=wanted and attempt == 1, again=attempt > 0)
+        grad = bool(request.gradients)
+        for attempt in range(3):  # as learnt; learnt anew for this batch; the other way round about gradients
+            recording = self.recording(x, grad=grad and attempt != 1, again=attempt > 0)
             try:
-                return self._run(recording, x, read, gradients, score, reduce, change, output or wanted)
+                return self._run(recording, x, request)
             except observer.Diverged:
                 continue
         raise errors.Unsupported("this model does something else each time it runs, so its layers cannot be told apart")
 
-    def _run(self, recording: Recording, x: torch.Tensor, read: Any, gradients: Any, score: Any, reduce: Any,
-             change: Any, output: bool) -> Pass:  # fmt: skip
-        taps: dict[int, Tap] = {}
-        nodes = {name: recording.find(name) for name in {*read, *gradients, *reduce, *change} if name != INPUT}
-
-        def tap(name: str) -> Tap:
-            return taps.setdefault(nodes[name].index, Tap())
-
-        for name in read:
-            if name != INPUT:
-                tap(name).keep = True
-        for name in gradients:
-            if name != INPUT:
-                tap(name).gradient = True
-        for name, fn in reduce.items():
-            tap(name).reduce = fn
-        for name, fn in change.items():
-            tap(name).change = fn
+    def _run(self, recording: Recording, x: torch.Tensor, request: Request) -> Pass:
+        nodes = {name: recording.find(name) for name in request.layers}
+        taps = {node.index: Tap() for node in nodes.values()}
+        for name, node in nodes.items():
+            tap = taps[node.index]
+            tap.keep |= name in request.read
+            tap.gradient |= name in request.gradients
+            tap.live |= name == request.of
+            tap.reduce = request.reduce.get(name, tap.reduce)
+            tap.change = request.change.get(name, tap.change)
         x, real = self._filled(x)
         batch = x.shape[0]
         guard.seed(self.module)
-        with torch.set_grad_enabled(bool(gradients)):
-            leaf = x.detach().requires_grad_() if INPUT in gradients else x
+        to_input = INPUT in request.gradients
+        with torch.set_grad_enabled(bool(request.gradients)):
+            leaf = x.detach().requires_grad_() if to_input else x
             answer, runner = observer.run(
                 self.module, recording, [leaf.clone()], taps,  # a clone: the model may write into what it is given
-                stop=not output, cut=-1 if INPUT in gradients else None, call=self.call,
+                stop=not request.runs_to_the_end, cut=-1 if to_input else None, call=self.call,
             )  # fmt: skip
             values = {name: runner.values[node.index] for name, node in nodes.items() if node.index in runner.values}
-            if INPUT in read:
+            if INPUT in request.read:
                 values[INPUT] = x
             passed = Pass(answer, {name: _real(value, real, batch) for name, value in values.items()})
             self._refuse_nan(x, passed)
-            if gradients:
-                passed.scores, found = _differentiate(
-                    score(answer), [leaf if g == INPUT else runner.edges[nodes[g].index] for g in gradients], real
-                )
-                passed.gradients = {g: _real(f, real, batch) for g, f in zip(gradients, found, strict=True)}
+            if request.gradients:
+                scored = answer if request.of is None else runner.live[nodes[request.of].index]
+                at = [leaf if g == INPUT else runner.edges[nodes[g].index] for g in request.gradients]
+                passed.scores, found = _differentiate(request.score(scored), at, real)
+                passed.gradients = {g: _real(f, real, batch) for g, f in zip(request.gradients, found, strict=True)}
         return passed
 
     # -- what can go wrong
@@ -189,15 +212,15 @@ class Engine:
 
     # -- budget
 
-    def chunk_size(self, x: torch.Tensor, read: Sequence[str] = (), gradients: Sequence[str] = ()) -> int:
+    def chunk_size(self, x: torch.Tensor, request: Request) -> int:
         """How many images of `x` go into one pass, so that it stays inside the budget."""
         if self.fixed_batch:
             return self.fixed_batch
         recording = self.recording(x)
         made = [0.0 if n.kind == "view" else _bytes(n) / max(recording.batch, 1) for n in recording.nodes]
-        need = sum(made[recording.find(name).index] for name in read if name != INPUT)
-        if gradients:  # what autograd keeps, and gradients on their way back
-            first = 0 if INPUT in gradients else min(recording.find(g).index for g in gradients)
+        need = sum(made[recording.find(name).index] for name in request.read if name != INPUT)
+        if request.gradients:  # what autograd keeps, and gradients on their way back
+            first = 0 if INPUT in request.gradients else min(recording.find(g).index for g in request.gradients)
             need += 2.5 * sum(made[first:])
         else:
             need += 6.0 * max(made, default=0.0)

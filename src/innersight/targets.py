@@ -1,0 +1,379 @@
+"""What is explained: a target turns the output of the network into one number an image.
+
+Wherever a target is asked for, these are taken:
+
+- None                   the class the network predicts, image by image (default)
+- 3, "tench"             a class, by index or name
+- [3, "tench", None]     one target for each image
+- difference(a, b)       why a and not b
+- probability(of)        the probability of a class rather than its logit
+- mask(where, of)        a region of a segmentation
+- box(where, of)         a detected object
+- embedding(vector)      similarity to a vector
+- any function of the output that returns one number an image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from innersight import errors
+
+_MAIN = (
+    "logits",
+    "out",
+    "output",
+    "outputs",
+    "prediction",
+    "predictions",
+    "pred",
+    "class_logits",
+    "x",
+    "last_hidden_state",
+)
+Score = Callable[[Any, torch.Tensor, slice], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weighting of the output.
+
+    score(raw, main, part): the numbers `(n,)` for the images `part` of the request, from the whole output of the model
+    and from its main tensor; differentiable. texts(main, part): what is explained, in words, one for each image.
+    """
+
+    score: Score
+    texts: Callable[[torch.Tensor, slice], list[str]]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a network: how many outputs there are and what they are called."""
+
+    labels: tuple[str, ...] | None = None
+
+    def name(self, index: int) -> str:
+        return self.labels[index] if self.labels and index < len(self.labels) else f"class {index}"
+
+    def index(self, which: int | str, count: int) -> int:
+        """The output that `which` means; raises UnknownName with the nearest names."""
+        if isinstance(which, str) and which not in (self.labels or ()) and which.lstrip("-").isdigit():
+            which = int(which)
+        if isinstance(which, str):
+            return self._named(which)
+        if not -count <= int(which) < count:
+            raise errors.UnknownName(
+                f"class {which} is out of range: the network has {count} outputs, numbered 0 to {count - 1}"
+            )
+        return int(which) % count
+
+    def _named(self, name: str) -> int:
+        if not self.labels:
+            raise errors.UnknownName(
+                f"no class {name!r}: this network states no class names; give the number of the class, or open it "
+                "with labels="
+            )
+        for same in (str.__eq__, lambda a, b: a.lower() == b.lower()):
+            found = [i for i, label in enumerate(self.labels) if same(label, name)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise errors.UnknownName(
+                    f"{len(found)} classes are called {name!r}; say which by number: {', '.join(map(str, found))}"
+                )
+        synonyms = [
+            i for i, label in enumerate(self.labels) if name.lower() in (s.strip().lower() for s in label.split(","))
+        ]
+        if len(synonyms) == 1:
+            return synonyms[0]
+        raise errors.unknown("class", name, self.labels, " in this network")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output
+
+
+def main_tensor(output: Any, choice: str | int | None = None) -> tuple[torch.Tensor, str]:
+    """The tensor of the output that is read as the network's answer, and a note where there was a choice.
+
+    Tensors are taken as they are; of dicts, dataclasses and named tuples the entry called logits, out, ...; of tuples
+    the first that has a row for each image; of detections the scores. `choice` names another.
+    """
+    if isinstance(output, torch.Tensor):
+        return output, ""
+    entries = _entries(output)
+    tensors = {k: v for k, v in entries.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    if choice is not None:
+        key = str(choice)
+        if key not in entries:
+            raise errors.unknown("output", key, entries, " of this network")
+        inner = entries[key]
+        if isinstance(inner, torch.Tensor):
+            return inner, f"the answer is output {key!r}, as chosen"
+        return main_tensor(inner)
+    if is_detection(output):
+        scores = [d["scores"] for d in output]
+        width = max([s.numel() for s in scores] + [1])
+        padded = [torch.nn.functional.pad(s, (0, width - s.numel())) for s in scores]
+        return torch.stack(padded), "detections: the answer is the score of each detected object, best first"
+    if not tensors:
+        for value in entries.values():
+            if isinstance(value, (Mapping, tuple, list)):
+                return main_tensor(value)
+        raise errors.Unsupported(f"the network returned {type(output).__name__} without a tensor of numbers in it")
+    key = next((k for k in _MAIN if k in tensors), None) or next(
+        (k for k, v in tensors.items() if v.dim() >= 2), next(iter(tensors))
+    )
+    if len(entries) == 1:
+        return tensors[key], ""
+    return tensors[
+        key
+    ], f"the network returns {', '.join(entries)}; {key!r} is taken as its answer (output= changes it)"
+
+
+def _entries(output: Any) -> dict[str, Any]:
+    if isinstance(output, Mapping):
+        return {str(k): v for k, v in output.items()}
+    if hasattr(output, "_asdict"):
+        return output._asdict()
+    if hasattr(output, "__dataclass_fields__"):
+        return {k: getattr(output, k) for k in output.__dataclass_fields__ if getattr(output, k, None) is not None}
+    if isinstance(output, (tuple, list)):
+        return {str(i): v for i, v in enumerate(output)}
+    raise errors.Unsupported(f"the network returned {type(output).__name__}, not a tensor")
+
+
+def is_detection(output: Any) -> bool:
+    """Whether this is a list of detected objects for each image, as torchvision's detectors return it."""
+    return (
+        isinstance(output, (list, tuple))
+        and len(output) > 0
+        and all(isinstance(d, Mapping) and "boxes" in d and "scores" in d for d in output)
+    )
+
+
+def _rows(main: torch.Tensor) -> torch.Tensor:
+    """(n, K) class scores; dense outputs `(n, K, H, W)` (segmentation) are averaged where the class is predicted."""
+    if main.dim() == 1:
+        return main[:, None]
+    if main.dim() == 2:
+        return main
+    if main.dim() == 4:
+        winner = main.detach().argmax(1, keepdim=True)
+        where = torch.zeros_like(main, dtype=torch.bool).scatter_(1, winner, True)
+        nowhere = ~where.flatten(2).any(2)[:, :, None, None]
+        where = where | nowhere  # a class that wins nowhere is judged over the whole picture
+        return (main * where).flatten(2).sum(2) / where.flatten(2).sum(2)
+    raise errors.Unsupported(
+        f"the answer has shape {tuple(main.shape)}, which names no class for an image; give a function of the output "
+        "as the target"
+    )
+
+
+def _winner(main: torch.Tensor) -> torch.Tensor:
+    """The predicted class of each image: the largest score, or the class that covers most of a segmentation."""
+    main = main.detach()
+    if main.dim() == 4:
+        counts = torch.nn.functional.one_hot(main.argmax(1), main.shape[1]).flatten(1, 2).sum(1)
+        return counts.argmax(1)
+    return _rows(main).argmax(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The targets
+
+
+def resolve(target: Any, count: int, classes: Classes) -> Target:
+    """What the user gave, as a Target for `count` images."""
+    if isinstance(target, _Deferred):
+        return target.build(count, classes)
+    if isinstance(target, Target):
+        return target
+    if callable(target) and not isinstance(target, (str, int)):
+        return _function(target)
+    if isinstance(target, (list, np.ndarray, torch.Tensor)):
+        items = target.tolist() if hasattr(target, "tolist") else list(target)
+        items = items if isinstance(items, list) else [items] * count
+        if len(items) != count:
+            raise errors.InputError(f"{len(items)} targets were given for {count} images; give one, or one for each")
+        return _class(items, classes)
+    if isinstance(target, tuple):
+        raise errors.InputError(
+            "a tuple is no target: difference(a, b) explains why a and not b, a list gives one target an image"
+        )
+    return _class([target] * count, classes)
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    """A target that waits for the class names and the number of images."""
+
+    build: Callable[[int, Classes], Target]
+
+
+def _indices(items: Sequence[Any], classes: Classes, main: torch.Tensor, part: slice) -> torch.Tensor:
+    count = main.shape[1] if main.dim() > 1 else 1
+    winner = _winner(main)
+    chosen = [int(winner[i]) if t is None else classes.index(t, count) for i, t in enumerate(items[part])]
+    return torch.tensor(chosen, device=main.device)
+
+
+def _class(items: Sequence[Any], classes: Classes) -> Target:
+    def score(_raw: Any, main: torch.Tensor, part: slice) -> torch.Tensor:
+        return _rows(main).gather(1, _indices(items, classes, main, part)[:, None])[:, 0]
+
+    def texts(main: torch.Tensor, part: slice) -> list[str]:
+        return [classes.name(int(i)) for i in _indices(items, classes, main, part)]
+
+    return Target(score, texts)
+
+
+def difference(a: Any, b: Any) -> _Deferred:
+    """Why `a` and not `b`: the score of target `a` minus that of target `b` (each a class, or None for the predicted).
+
+    Prabhushankar et al., Contrastive Explanations in Neural Networks, 2020.
+    """
+
+    def build(count: int, classes: Classes) -> Target:
+        first, second = resolve(a, count, classes), resolve(b, count, classes)
+        return Target(
+            lambda raw, main, part: first.score(raw, main, part) - second.score(raw, main, part),
+            lambda main, part: [
+                f"{x} and not {y}" for x, y in zip(first.texts(main, part), second.texts(main, part), strict=True)
+            ],
+        )
+
+    return _Deferred(build)
+
+
+def probability(of: Any = None) -> _Deferred:
+    """The probability of a class (softmax over the outputs) rather than its logit."""
+
+    def build(count: int, classes: Classes) -> Target:
+        inner = resolve(of, count, classes)
+        return Target(
+            lambda raw, main, part: inner.score(raw, _rows(main).softmax(1), part),
+            lambda main, part: [f"probability of {t}" for t in inner.texts(main, part)],
+        )
+
+    return _Deferred(build)
+
+
+def mask(where: Any, of: Any = None) -> _Deferred:
+    """The mean score of a class over a region of a segmentation.
+
+    where: boolean `(H, W)` or `(N, H, W)`, in the picture as the network sees it; brought to the size of the output.
+    """
+
+    def build(count: int, classes: Classes) -> Target:
+        region = torch.as_tensor(np.asarray(where)).bool()
+        if region.dim() not in (2, 3) or not bool(region.any()):
+            raise errors.InputError("a mask is a boolean array (H, W) or (N, H, W) that marks at least one pixel")
+        region = region.expand(count, *region.shape[-2:])
+
+        def pick(main: torch.Tensor, part: slice) -> torch.Tensor:
+            if main.dim() != 4:
+                raise errors.Unsupported(
+                    f"a mask is a target for a segmentation (N, K, H, W); this network answers {tuple(main.shape)}"
+                )
+            resized = torch.nn.functional.interpolate(region[part, None].float().to(main.device), main.shape[-2:])
+            if not bool((resized.flatten(1).sum(1) > 0).all()):
+                raise errors.InputError("the mask marks less than one value of the network's output")
+            return resized
+
+        def index(main: torch.Tensor, part: slice) -> torch.Tensor:
+            if of is not None:
+                return _indices([of] * count, classes, main, part)
+            return (main.detach() * pick(main, part)).flatten(2).sum(2).argmax(1)
+
+        def score(_raw: Any, main: torch.Tensor, part: slice) -> torch.Tensor:
+            weights = pick(main, part)
+            chosen = main[torch.arange(main.shape[0], device=main.device), index(main, part)]
+            return (chosen * weights[:, 0]).flatten(1).sum(1) / weights.flatten(1).sum(1)
+
+        return Target(score, lambda main, part: [f"{classes.name(int(i))} in the mask" for i in index(main, part)])
+
+    return _Deferred(build)
+
+
+def box(where: Sequence[float], of: Any = None) -> _Deferred:
+    """The score of the detected object that overlaps the box `(left, top, right, bottom)` most, in input pixels."""
+
+    def build(_count: int, classes: Classes) -> Target:
+        wanted = torch.tensor([float(v) for v in where])
+        if wanted.numel() != 4 or not (wanted[2] > wanted[0] and wanted[3] > wanted[1]):
+            raise errors.InputError(
+                "a box is (left, top, right, bottom) in pixels of the input, with left < right and top < bottom"
+            )
+
+        def score(raw: Any, main: torch.Tensor, _part: slice) -> torch.Tensor:
+            if not is_detection(raw):
+                raise errors.Unsupported(
+                    f"a box is a target for a detector; this network answers a tensor {tuple(main.shape)}"
+                )
+            return torch.stack([_best(d, wanted.to(main.device), of, classes) for d in raw])
+
+        text = f"object at {', '.join(f'{v:g}' for v in where)}"
+        return Target(score, lambda main, _part: [text if of is None else f"{of}: {text}"] * main.shape[0])
+
+    return _Deferred(build)
+
+
+def _best(detected: Mapping[str, torch.Tensor], wanted: torch.Tensor, of: Any, classes: Classes) -> torch.Tensor:
+    boxes, scores = detected["boxes"].detach(), detected["scores"]
+    size = (torch.minimum(boxes[:, 2:], wanted[2:]) - torch.maximum(boxes[:, :2], wanted[:2])).clamp(min=0)
+    shared = size.prod(1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (wanted[2:] - wanted[:2]).prod()
+    overlap = shared / (areas - shared).clamp(min=1e-9)
+    if of is not None and "labels" in detected:
+        count = len(classes.labels) if classes.labels else torch.iinfo(torch.int32).max
+        overlap = overlap * (detected["labels"] == classes.index(of, count))
+    if not overlap.numel() or not bool(overlap.max() > 0):
+        raise errors.InputError(
+            f"the network detects no {'object' if of is None else of} that overlaps the box; "
+            f"it found {len(scores)} objects in this picture"
+        )
+    return scores[overlap.argmax()]
+
+
+def embedding(vector: Any) -> _Deferred:
+    """Similarity (cosine) of the output to a vector `(D,)`, or to one for each image `(N, D)`."""
+
+    def build(count: int, _classes: Classes) -> Target:
+        wanted = torch.as_tensor(np.asarray(vector, dtype=np.float32))
+        if wanted.dim() not in (1, 2) or (wanted.dim() == 2 and wanted.shape[0] != count):
+            raise errors.InputError(f"an embedding is a vector (D,) or one for each of the {count} images (N, D)")
+        wanted = wanted.expand(count, wanted.shape[-1])
+
+        def score(_raw: Any, main: torch.Tensor, part: slice) -> torch.Tensor:
+            flat = main.flatten(1)
+            if flat.shape[1] != wanted.shape[1]:
+                raise errors.InputError(
+                    f"the embedding has {wanted.shape[1]} numbers, the network's output {flat.shape[1]}"
+                )
+            return torch.cosine_similarity(flat, wanted[part].to(flat), dim=1)
+
+        return Target(score, lambda main, _part: ["similarity to the embedding"] * main.shape[0])
+
+    return _Deferred(build)
+
+
+def _function(fn: Callable[[torch.Tensor], torch.Tensor]) -> Target:
+    name = getattr(fn, "__name__", type(fn).__name__)
+
+    def score(raw: Any, main: torch.Tensor, _part: slice) -> torch.Tensor:
+        value = fn(raw)
+        if not isinstance(value, torch.Tensor) or value.shape not in ((main.shape[0],), (main.shape[0], 1)):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise errors.InputError(
+                f"the target function {name!r} must return one number an image, a tensor ({main.shape[0]},); "
+                f"it returned {got}"
+            )
+        return value.reshape(-1)
+
+    return Target(score, lambda main, _part: ["the target function" if name == "<lambda>" else name] * main.shape[0])
