@@ -1,0 +1,1215 @@
+"""Pictures in: files, arrays and loaders become the tensor a network eats, and maps find their way back to the picture.
+
+    inputs = read("photos/", Preprocess((224, 224), resize_to=256))
+    inputs.tensor                                       # (N, 3, 224, 224) float32
+    inputs.pictures[0].back(map_on_the_input)           # (H0, W0), on the photograph as people see it
+
+`Preprocess` is the record of what a model wants of a picture, `Picture` one picture with the geometry from its own
+pixels to the input's, `read` and `iterate` turn whatever was handed in into both.
+
+Coordinates are pixel edges everywhere: x runs from 0 at the left edge of the first pixel to W at the right edge of the
+last one, so that pixel i covers [i, i + 1] and its center is i + 0.5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import glob
+import json
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from innersight.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_PIXELS = 100_000_000
+"""Pictures with more pixels are refused, by their header, before anything is decoded."""
+
+KEPT_PIXELS = 64_000_000
+"""Originals of files stay in memory up to this many pixels in all; later ones are read again when looked at."""
+
+SUFFIXES = frozenset(
+    ".avif .bmp .dib .gif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff "
+    ".webp".split()
+)
+"""What counts as a picture when a folder is read."""
+
+# Not every format that Pillow knows: EPS runs an interpreter on what is in the file.
+FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM TGA TIFF WEBP".split()
+
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+CHANNELS = {"RGB": 3, "BGR": 3, "L": 1}
+RESIZE = ("crop", "squash", "letterbox", "keep")
+
+Affine = tuple[float, float, float, float]
+Box = tuple[float, float, float, float]
+
+
+# --- what a model wants of a picture ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What a model wants of a picture: its size, channels and values.
+
+    size:          (H, W) the model takes. For `resize="keep"`: the size assumed where no picture is at hand
+    channels:      "RGB", "BGR" or "L" (one grey channel; color is brought to luma)
+    resize:        "crop": keep the proportions, cover the size, cut what is over; "squash": both sides to the size;
+                   "letterbox": keep the proportions, fit inside, fill around; "keep": keep the proportions and cut
+                   nothing, so the input is as large as the picture makes it (segmentation and detection)
+    resize_to:     what the picture is resized to before the cut around the center: the length of the shorter side, or
+                   the (H, W) to cover, to squash to, or to fit into. None: `size`, nothing more is cut than must be
+    interpolation: nearest, bilinear, bicubic, lanczos, box or hamming: Pillow's, so smaller means antialiased
+    scale:         pixels 0..255 times this, ...
+    mean:          ... minus this, for each channel or one for all, in the order of `channels`, ...
+    std:           ... over this
+    invert:        dark on light turned into light on dark (pixel = 255 - pixel) before the scale
+    fill:          0..255, what surrounds a picture that is smaller than `size`, as the model sees it
+    crop_rounding: where half a pixel of margin goes: "even" as torchvision and timm do it, "down" as transformers does
+    longest:       for "keep": the longer side is made no longer than this
+
+    >>> Preprocess((224, 224), resize_to=256).describe()
+    '224x224 RGB: shorter side to 256 (bilinear), center crop; values 0..1'
+    """
+
+    size: tuple[int, int]
+    channels: str = "RGB"
+    resize: str = "crop"
+    resize_to: int | tuple[int, int] | None = None
+    interpolation: str = "bilinear"
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    invert: bool = False
+    fill: tuple[int, ...] = (0,)
+    crop_rounding: str = "even"
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("size", "resize_to", "mean", "std", "fill"):
+            value = getattr(self, name)
+            if isinstance(value, (list, np.ndarray)):
+                object.__setattr__(self, name, tuple(value))
+            elif name in ("mean", "std", "fill") and not isinstance(value, tuple):
+                object.__setattr__(self, name, (value,))
+        self._check()
+
+    def _check(self) -> None:
+        choices: tuple[tuple[str, str, Iterable[str]], ...] = (
+            ("channels", self.channels, CHANNELS),
+            ("resize", self.resize, RESIZE),
+            ("interpolation", self.interpolation, RESAMPLING),
+            ("crop_rounding", self.crop_rounding, ("even", "down")),
+        )
+        for name, value, known in choices:
+            if value not in tuple(known):
+                raise unknown(name, value, known, " in preprocess")
+        sizes = [("size", self.size)]
+        if isinstance(self.resize_to, tuple):
+            sizes.append(("resize_to", self.resize_to))
+        for name, pair in sizes:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and all(_positive_int(side) for side in pair)):
+                raise InputError(f"preprocess {name} must be (height, width) in pixels, got {pair!r}")
+        for name, side in (("resize_to", self.resize_to), ("longest", self.longest)):
+            if not (side is None or isinstance(side, tuple) or _positive_int(side)):
+                raise InputError(f"preprocess {name} must be a number of pixels, got {side!r}")
+        for name, values in (("mean", self.mean), ("std", self.std), ("fill", self.fill)):
+            if len(values) not in (1, CHANNELS[self.channels]):
+                raise InputError(
+                    f"preprocess {name} must hold one number or one for each of the {CHANNELS[self.channels]} channels "
+                    f"({self.channels}), got {len(values)}"
+                )
+        if not self.scale or not all(self.std):
+            raise InputError("preprocess scale and std must not be 0")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what comes out."""
+        return (CHANNELS[self.channels], *self.size)
+
+    def describe(self) -> str:
+        """What is done to a picture, in one line for people."""
+        height, width = self.size
+        to = self.resize_to
+        whole = f"{to[0]}x{to[1]}" if isinstance(to, tuple) else to
+        cut = ", center crop" if to else ""
+        if self.resize == "crop":
+            how = f"shorter side to {whole}" if isinstance(to, int) else f"resized to cover {whole or 'it'}"
+            how += f" ({self.interpolation}), center crop"
+        elif self.resize == "squash":
+            how = f"both sides resized to {whole or 'it'} ({self.interpolation}){cut}"
+        elif self.resize == "letterbox":
+            how = f"fit inside {whole or 'it'} ({self.interpolation}), filled with {_numbers(self.fill)}"
+        else:
+            how = f"shorter side to {whole} ({self.interpolation})" if to else "as large as it is"
+            how += f", longer side at most {self.longest}" if self.longest else ""
+        start = f"{height}x{width} {self.channels}" if self.resize != "keep" else f"{self.channels} of any size"
+        values = f"values 0..{255 * self.scale:g}"
+        values += f" minus {_numbers(self.mean)}" if any(self.mean) else ""
+        values += f" over {_numbers(self.std)}" if any(s != 1 for s in self.std) else ""
+        return f"{start}: {how}; {'light and dark exchanged, ' if self.invert else ''}{values}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain values; `from_json` reads it."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any] | str) -> Preprocess:
+        """The record that `to_json` wrote, as a dictionary or as text."""
+        values = json.loads(record) if isinstance(record, str) else dict(record)
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise unknown("field", name, known, " in a preprocess record")
+        if "size" not in values:
+            raise InputError('a preprocess record needs "size": [height, width]')
+        return cls(**values)
+
+    @classmethod
+    def for_shape(cls, input_shape: Sequence[int]) -> Preprocess:
+        """What is assumed where nothing says how a model of that (C, H, W) wants its pictures: values 0..1, no mean."""
+        if len(input_shape) != 3 or input_shape[0] not in (1, 3):
+            raise InputError(
+                f"this model takes {_shape(input_shape)}, which no picture can be turned into: "
+                f"pass a float tensor {_shape(('N', *input_shape))}"
+            )
+        channels, height, width = (int(side) for side in input_shape)
+        return cls((height, width), channels="L" if channels == 1 else "RGB")
+
+    @classmethod
+    def from_torchvision(cls, transform: Any) -> tuple[Preprocess | None, str]:
+        """The record of a `weights.transforms()` of torchvision, and a note.
+
+        The note says what the record leaves open, "" for nothing; with None it is the reason why there is no record.
+        """
+        kind = type(transform).__name__
+        if kind == "ObjectDetection" and type(transform).__module__.startswith("torchvision."):
+            return cls((480, 640), resize="keep"), "the detector resizes pictures itself"
+        if kind not in ("ImageClassification", "SemanticSegmentation"):
+            return None, f"{kind} is not one of torchvision's presets for single pictures"
+        if not all(hasattr(transform, name) for name in ("resize_size", "mean", "std", "interpolation")):
+            return None, f"this {kind} does not say how it resizes and normalizes"
+        interpolation = str(getattr(transform.interpolation, "value", transform.interpolation))
+        if interpolation not in RESAMPLING:
+            return None, f"interpolation {interpolation!r} is not known here"
+        resize_to = _side_or_pair(transform.resize_size)
+        if kind == "ImageClassification":
+            size, resize = _pair(transform.crop_size), "squash" if isinstance(resize_to, tuple) else "crop"
+        elif isinstance(resize_to, tuple):
+            size, resize = resize_to, "squash"
+        else:
+            size, resize = _pair(resize_to or 520), "keep"
+        record = cls(
+            size,
+            resize=resize,
+            resize_to=resize_to,
+            interpolation=interpolation,
+            mean=tuple(transform.mean),
+            std=tuple(transform.std),
+        )
+        return record, ""
+
+    @classmethod
+    def from_timm(cls, config: Mapping[str, Any]) -> tuple[Preprocess | None, str]:
+        """The record of timm's evaluation transform for a `pretrained_cfg` or a resolved data config, and a note.
+
+        What the config leaves out is timm's default. The note is as for `from_torchvision`.
+        """
+        config = _mapping(config)
+        channels, height, width = config.get("input_size") or (3, 224, 224)
+        if channels not in (1, 3):
+            return None, f"it takes {channels} channels, which no picture has"
+        interpolation = config.get("interpolation") or "bicubic"
+        if interpolation not in RESAMPLING:
+            return None, f"interpolation {interpolation!r} is not known here"
+        mean = tuple(config.get("mean") or (0.485, 0.456, 0.406))
+        std = tuple(config.get("std") or (0.229, 0.224, 0.225))
+        if len(mean) not in (1, channels) or len(std) not in (1, channels):
+            return None, f"its mean and std hold {len(mean)} and {len(std)} numbers for {channels} channels"
+        crop = config.get("crop_pct") or 0.875
+        mode = config.get("crop_mode") or "center"
+        whole = math.floor(height / crop), math.floor(width / crop)
+        record = cls(
+            (height, width),
+            channels="L" if channels == 1 else "RGB",
+            resize={"squash": "squash", "border": "letterbox"}.get(mode, "crop"),
+            # timm takes another road for inputs that are not square; its rounding differs
+            resize_to=whole[0] if mode == "center" and whole[0] == whole[1] else whole,
+            interpolation=interpolation,
+            mean=mean,
+            std=std,
+            fill=tuple(round(255 * m) for m in mean) if mode == "border" else (0,),
+        )
+        return record, ""
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> tuple[Preprocess | None, str]:
+        """The record of a transformers image processor (its `to_dict()` or preprocessor_config.json), and a note.
+
+        The note is as for `from_torchvision`. transformers' Pillow processors are matched; its torchvision ones
+        resize tensors, which differs by a rounding of the pixel values.
+        """
+        config = _mapping(config)
+        geometry, note = _hf_geometry(config)
+        if geometry is None:
+            return None, note
+        rescale = config.get("do_rescale")
+        normalize = config.get("do_normalize")
+        mean, std = config.get("image_mean"), config.get("image_std")
+        resample = config.get("resample")
+        names = {int(number): name for name, number in RESAMPLING.items()}
+        if resample is not None and int(resample) not in names:
+            return None, f"resample={resample} is not known here"
+        if (normalize or normalize is None) and mean is not None and std is not None:
+            geometry |= {"mean": _many(mean), "std": _many(std)}
+        if any(len(geometry.get(name, (0,))) not in (1, 3) for name in ("mean", "std")):
+            return None, "its mean and std are not those of a color or a grey picture"
+        left_out = [key for key in ("do_pad", "rescale_offset", "include_top") if config.get(key)]
+        if left_out:
+            note = "; ".join(filter(None, [note, f"{' and '.join(left_out)} of its processor left out"]))
+        record = cls(
+            channels="BGR" if config.get("do_flip_channel_order") else "RGB",
+            interpolation=names[2 if resample is None else int(resample)],
+            scale=1.0 if rescale is False else float(config.get("rescale_factor") or 1 / 255),
+            crop_rounding="down",
+            **geometry,
+        )
+        return record, note
+
+    def apply(self, image: Image.Image, name: str = "the picture") -> tuple[np.ndarray, Affine]:
+        """The input (C, H, W) float32 made of an RGB or L picture, and (sx, sy, tx, ty) from its pixels to the input's.
+
+        `name` is what an error calls it.
+        """
+        (width, height), (left, top), (out_width, out_height) = self._layout(*image.size)
+        if width * height > MAX_PIXELS or out_width * out_height > MAX_PIXELS:
+            raise InputError(
+                f"{name} is {image.width}x{image.height} pixels, too long and thin for {self.describe()}: "
+                f"cut it, or use resize='letterbox' in preprocess="
+            )
+        affine = (width / image.width, height / image.height, float(-left), float(-top))
+        image = image.convert("L" if self.channels == "L" else "RGB")
+        if image.size != (width, height):
+            image = image.resize((width, height), RESAMPLING[self.interpolation])
+        pixels = np.asarray(image).reshape(height, width, -1)
+        pixels = pixels[max(top, 0) : top + out_height, max(left, 0) : left + out_width]
+        if self.channels == "BGR":
+            pixels = pixels[..., ::-1]
+        if self.invert:
+            pixels = 255 - pixels
+        if pixels.shape[:2] != (out_height, out_width):
+            canvas = np.empty((out_height, out_width, pixels.shape[2]), np.uint8)
+            canvas[:] = self.fill
+            y, x = max(-top, 0), max(-left, 0)
+            canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
+            pixels = canvas
+        # Divided, not multiplied, by the exact 255: so the values are torchvision's to the last bit.
+        values = pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(1 / self.scale)
+        mean, std = (np.array(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
+        return np.ascontiguousarray((values - mean) / std), affine
+
+    def _layout(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """(w, h) of the resized picture, (left, top) of the input in it (negative: filled), (W, H) of the input."""
+        resized = self._resized(width, height)
+        if self.resize == "keep":
+            return resized, (0, 0), resized
+        out = self.size[1], self.size[0]
+        left, top = (self._margin(have, want) for have, want in zip(resized, out, strict=True))
+        return resized, (left, top), out
+
+    def _margin(self, have: int, want: int) -> int:
+        if have < want:
+            return -((want - have) // 2)
+        return (have - want) // 2 if self.crop_rounding == "down" else round((have - want) / 2)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """(w, h) before the cut; the roundings are those of torchvision (one side given) and timm (two)."""
+        to = self.resize_to
+        if self.resize == "keep":
+            return self._kept(width, height)
+        if self.resize == "crop" and (isinstance(to, int) or (to is None and self.size[0] == self.size[1])):
+            return _shorter_side_to(to if isinstance(to, int) else self.size[0], width, height)
+        if isinstance(to, int):  # in the proportions of the input
+            to_height, to_width = (round(side * to / min(self.size)) for side in self.size)
+        else:
+            to_height, to_width = to or self.size
+        if self.resize == "squash":
+            return to_width, to_height
+        ratios = height / to_height, width / to_width
+        ratio = min(ratios) if self.resize == "crop" else max(ratios)
+        return max(round(width / ratio), 1), max(round(height / ratio), 1)
+
+    def _kept(self, width: int, height: int) -> tuple[int, int]:
+        shorter, longer = sorted((width, height))
+        to = shorter if self.resize_to is None else min(_pair(self.resize_to))
+        if self.longest is None or longer / shorter * to <= self.longest:
+            return _shorter_side_to(to, width, height)
+        # As transformers' detectors round it.
+        exact = self.longest * shorter / longer
+        short, long = max(round(exact), 1), max(int(exact * longer / shorter), 1)
+        return (short, long) if width < height else (long, short)
+
+
+def _shorter_side_to(side: int, width: int, height: int) -> tuple[int, int]:
+    """(w, h) with the shorter one `side` long, as torchvision rounds the longer one: down."""
+    if width <= height:
+        return side, int(side * height / width)
+    return int(side * width / height), side
+
+
+def _hf_geometry(config: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """`size`, `resize`, `resize_to` and `longest` of a transformers image processor; None and a reason if unknown."""
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    crop = config.get("crop_size") if config.get("do_center_crop") else None
+    cut = None if crop is None else _hf_size(crop)
+    note = ""
+    if config.get("do_resize") is False:
+        if cut is not None:
+            return None, "its processor crops without resizing"
+        return {"size": (480, 640), "resize": "keep"}, "pictures keep their size"
+    size = config.get("size")
+    if isinstance(size, (int, float)):
+        by_side = ("CLIP", "ConvNext", "Levit", "MobileNet", "MobileViT", "PoolFormer", "Bit")
+        key = "shortest_edge" if kind.startswith(by_side) else "square"
+        note = f"size={size} of an old config read as the {'shorter side' if key != 'square' else 'square'}"
+        size = {"shortest_edge": int(size)} if key != "square" else {"height": int(size), "width": int(size)}
+    size = {name: int(side) for name, side in _mapping(size or {}).items() if side}
+    side = size.get("shortest_edge")
+    if side and config.get("crop_pct") and cut is None and side >= 384:  # ConvNeXt: whole pictures from there on
+        return {"size": (side, side), "resize": "squash"}, note
+    if side and config.get("crop_pct"):
+        return {"size": cut or (side, side), "resize_to": int(side / config["crop_pct"])}, note
+    if side and kind.startswith("Levit"):
+        side = int(256 / 224 * side)
+    if side and cut:
+        return {"size": cut, "resize_to": side}, note
+    if side:
+        return {"size": (side, side), "resize": "keep", "resize_to": side, "longest": size.get("longest_edge")}, note
+    if "height" in size and "width" in size:
+        whole = size["height"], size["width"]
+        return {"size": cut or whole, "resize": "squash", "resize_to": whole if cut else None}, note
+    return None, f"its processor resizes in a way that is not known here (size={config.get('size')!r})"
+
+
+def _hf_size(size: Any) -> tuple[int, int]:
+    if isinstance(size, (int, float)):
+        return int(size), int(size)
+    size = _mapping(size)
+    both = size.get("shortest_edge")
+    return int(size.get("height") or both), int(size.get("width") or both)
+
+
+def _mapping(config: Any) -> dict[str, Any]:
+    """A plain dictionary of a config, whichever class of its library holds it."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    for name in ("to_dict", "_asdict"):
+        if hasattr(config, name):
+            return dict(getattr(config, name)())
+    return dict(getattr(config, "__dict__", {}) or config)
+
+
+def _many(value: Any) -> tuple[float, ...]:
+    return tuple(float(v) for v in value) if isinstance(value, Iterable) else (float(value),)
+
+
+def _pair(side: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(side, int):
+        return side, side
+    return (int(side[0]), int(side[1])) if len(side) == 2 else (int(side[0]), int(side[0]))
+
+
+def _side_or_pair(size: int | Sequence[int] | None) -> int | tuple[int, int] | None:
+    if size is None or isinstance(size, int):
+        return size
+    return _pair(size) if len(size) == 2 else int(size[0])
+
+
+def _positive_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) > 0
+
+
+def _numbers(values: Sequence[float]) -> str:
+    texts = [f"{v:.4g}" for v in values]
+    return texts[0] if len(set(texts)) == 1 else f"({', '.join(texts)})"
+
+
+def _shape(shape: Iterable[Any]) -> str:
+    return f"({', '.join(str(side) for side in shape)})"
+
+
+# --- one picture, and the way back to it -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture that was read, and the geometry from its own pixels to those of the input.
+
+    name:          the file's name (below the folder that was read), or "image 3", counted from 0 as in the results
+    original:      the picture as people see it: RGB or L, rotated as its EXIF data says; None for a float tensor
+    to_input:      (sx, sy, tx, ty): x on the original is x * sx + tx on the input; pixel edges, see the module
+    input_size:    (H, W) of the input
+    label:         the name of the class folder it was in, or what the loader said; None if nothing did
+    values:        the (C, H, W) that was handed in, where that was a float tensor or array
+    preprocess:    how `values` are turned into a picture to look at, where that is known
+    path:          the file
+    original_size: (H0, W0); for a float tensor that of the input
+    """
+
+    name: str
+    original: Image.Image | None
+    to_input: Affine
+    input_size: tuple[int, int]
+    label: str | int | None = None
+    values: Any = field(default=None, repr=False)
+    preprocess: Preprocess | None = field(default=None, repr=False)
+    path: str | None = field(default=None, repr=False)
+    original_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.original_size is None:
+            size = self.input_size if self.original is None else (self.original.height, self.original.width)
+            object.__setattr__(self, "original_size", size)
+
+    if not TYPE_CHECKING:  # a type checker would take any attribute for granted
+
+        def __getattr__(self, name):
+            # A folder of photographs does not fit into memory, so `forget` takes the decoded picture away from the
+            # instance. Python comes here only for what is missing: then the file is read again, for every look anew.
+            if name == "original" and self.__dict__.get("path"):
+                image = _open(self.path, self.path, _Notes())
+                if (image.height, image.width) != self.original_size:
+                    raise InputError(f"{self.path} has changed since it was read: read it again")
+                return image
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def forget(self) -> None:
+        """Let go of the decoded picture; the file is read again when `original` is asked for."""
+        if self.path is not None:
+            self.__dict__.pop("original", None)
+
+    def __repr__(self) -> str:
+        height, width = self._size
+        label = "" if self.label is None else f", label {self.label!r}"
+        return f"<Picture {self.name!r}: {height}x{width}, seen as {self.input_size[0]}x{self.input_size[1]}{label}>"
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        assert self.original_size is not None  # __post_init__
+        return self.original_size
+
+    def display(self) -> Image.Image:
+        """A picture to look at, RGB or L: the original, or what the float tensor shows.
+
+        A tensor is brought back to 0..255 by its `preprocess`; without one its smallest value is drawn black and its
+        largest white. If it has neither one nor three channels, their mean is drawn.
+        """
+        original = self.original
+        if original is not None:
+            return original
+        if self.values is None:
+            raise InputError(f"{self.name} came without anything to look at: read the picture again")
+        values = _numpy(self.values).astype(np.float32, copy=False)
+        values = values.reshape(-1, *self.input_size)
+        if self.preprocess is not None and len(values) == CHANNELS[self.preprocess.channels]:
+            pixels = _unnormalized(values, self.preprocess)
+        else:
+            if len(values) not in (1, 3):
+                values = values.mean(0, keepdims=True)
+            low, high = float(values.min()), float(values.max())
+            pixels = (values - low) * (255 / (high - low)) if high > low else np.full_like(values, 127)
+        pixels = np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
+        return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+    def back(self, values: Any) -> np.ndarray:
+        """A map over the input, drawn on the pixels of the original: (..., h, w) -> (..., H0, W0).
+
+        The map may be coarser than the input (a CAM's grid): it is taken to cover it. Bilinear between the centers of
+        its cells, constant beyond the outermost ones. NaN where the network did not see the original (outside the
+        crop), so that "no evidence" and "not looked at" stay apart. float32, or float64 for float64.
+        """
+        grid = _numpy(values)
+        if grid.ndim < 2 or 0 in grid.shape:
+            raise InputError(f"a map to be put back on {self.name} must be (..., h, w), got {_shape(grid.shape)}")
+        grid = grid.astype(np.float64 if grid.dtype == np.float64 else np.float32, copy=False)
+        (height, width), (in_height, in_width), (sx, sy, tx, ty) = self._size, self.input_size, self.to_input
+        y = (np.arange(height) + 0.5) * sy + ty
+        x = (np.arange(width) + 0.5) * sx + tx
+        result = _lerp(_lerp(grid, y / in_height, -2), x / in_width, -1)
+        result[..., (y < 0) | (y > in_height), :] = np.nan
+        result[..., (x < 0) | (x > in_width)] = np.nan
+        return result
+
+    def box_to_original(self, box: Sequence[float], *, clip: bool = True) -> Box:
+        """(x0, y0, x1, y1) on the input -> on the original, cut to the original unless `clip=False`."""
+        sx, sy, tx, ty = self.to_input
+        x0, y0, x1, y1 = (float(v) for v in box)
+        height, width = self._size
+        there = (x0 - tx) / sx, (y0 - ty) / sy, (x1 - tx) / sx, (y1 - ty) / sy
+        return _clipped(there, width, height) if clip else there
+
+    def box_to_input(self, box: Sequence[float], *, clip: bool = True) -> Box:
+        """(x0, y0, x1, y1) on the original -> on the input, cut to the input unless `clip=False`."""
+        sx, sy, tx, ty = self.to_input
+        x0, y0, x1, y1 = (float(v) for v in box)
+        there = x0 * sx + tx, y0 * sy + ty, x1 * sx + tx, y1 * sy + ty
+        return _clipped(there, self.input_size[1], self.input_size[0]) if clip else there
+
+
+def _clipped(box: Box, width: int, height: int) -> Box:
+    x0, y0, x1, y1 = box
+    return min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height)
+
+
+def _lerp(grid: np.ndarray, share: np.ndarray, axis: int) -> np.ndarray:
+    """Values of `grid` along an axis at `share` of its length (0..1), linear between the centers of its cells."""
+    last = grid.shape[axis] - 1
+    at = np.clip(share * (last + 1) - 0.5, 0, last)
+    low = np.minimum(at.astype(int), max(last - 1, 0))
+    weight = (at - low).astype(grid.dtype)
+    weight = weight.reshape(-1, *[1] * (-1 - axis))
+    below = np.take(grid, low, axis)
+    return below + weight * (np.take(grid, np.minimum(low + 1, last), axis) - below)
+
+
+def _unnormalized(values: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    mean, std = (np.array(v, np.float32).reshape(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
+    pixels = (values * std + mean) / np.float32(preprocess.scale)
+    if preprocess.invert:
+        pixels = 255 - pixels
+    return pixels[::-1] if preprocess.channels == "BGR" else pixels
+
+
+def _numpy(values: Any) -> np.ndarray:
+    """An array, or a tensor of any device, grad or not, as numpy."""
+    return values.detach().cpu().float().numpy() if _is_tensor(values) else np.asarray(values)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Inputs:
+    """What goes into the network, and where it came from.
+
+    tensor:   (N, C, H, W) float32, never the memory of what was handed in; on the device of a tensor handed in
+    pictures: one for each of the N
+    notes:    what was decided on the way in, a sentence each
+    """
+
+    tensor: torch.Tensor
+    pictures: list[Picture]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def labels(self) -> list[str | int | None]:
+        """The label of each picture: its class folder, what the loader said, or None."""
+        return [picture.label for picture in self.pictures]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __repr__(self) -> str:
+        return f"<Inputs {_shape(self.tensor.shape)} of {', '.join(p.name for p in self.pictures[:3])}" + (
+            f" and {len(self) - 3} more>" if len(self) > 3 else ">"
+        )
+
+
+def read(images: Any, preprocess: Preprocess | None, *, input_shape: Sequence[int] | None = None) -> Inputs:
+    """All of `images` as one batch.
+
+    What `images` may be:
+
+    - a path, a folder (recursive, sorted; the class folder becomes the label), a glob, a PIL image, a uint8 array:
+      pictures, which are preprocessed
+    - a float array or tensor (C, H, W) or (N, C, H, W): taken as it is, as what the model eats
+    - a list, a data set or an iterable of any of these; a DataLoader's batch may be the tensor, (tensor, labels) or a
+      dict with "pixel_values", "image", "images" or "input"
+
+    uint8 arrays: numpy's are read as (H, W), (H, W, C), (N, H, W, C), torch's as (H, W), (C, H, W), (N, C, H, W). If
+    the axis that should be C is not 1, 3 or 4 long (grey, color, color and alpha) but the other one is 1 or 3, that one
+    is taken; if neither is, three axes are N grey pictures (N, H, W). A choice against the usual order is noted.
+
+    `input_shape` is (C, H, W) of the model: tensors must have its C and may have another H and W. Pictures need
+    `preprocess`; without it they are brought to `input_shape` with values 0..1, and a note says so.
+
+    Raises InputError, in one sentence, for whatever cannot be read; pictures of different input sizes are refused.
+    """
+    reader = _Reader(preprocess, input_shape)
+    blocks = list(reader.blocks(images))
+    if not blocks:
+        raise InputError(_nothing(images))
+    first = blocks[0]
+    for block in blocks:
+        if block.tensor.shape[1:] != first.tensor.shape[1:]:
+            raise InputError(
+                f"{block.pictures[0].name} is {_shape(block.tensor.shape[1:])} and {first.pictures[0].name} "
+                f"{_shape(first.tensor.shape[1:])} at the input, so they do not fit into one batch: hand them in one "
+                f"at a time, or bring them to one size (preprocess= with resize='letterbox' does)"
+            )
+    return _joined(blocks, reader.notes)
+
+
+def iterate(
+    images: Any, preprocess: Preprocess | None, *, input_shape: Sequence[int] | None = None, batch: int
+) -> Iterator[Inputs]:
+    """`images` (see `read`) in batches of `batch`, in order; memory is bounded by a batch, whatever the loader's size.
+
+    The last batch may be smaller, and so is one that is followed by an input of another size.
+    """
+    if not _positive_int(batch):
+        raise InputError(f"batch must be a whole number from 1 on, got {batch!r}")
+    return _batches(_Reader(preprocess, input_shape, batch), images, batch)
+
+
+class _Block(NamedTuple):
+    tensor: torch.Tensor  # (n, C, H, W)
+    pictures: list[Picture]
+
+
+def _batches(reader: _Reader, images: Any, batch: int) -> Iterator[Inputs]:
+    pending: list[_Block] = []
+    some = False
+    for block in reader.blocks(images):
+        some = True
+        if pending and block.tensor.shape[1:] != pending[0].tensor.shape[1:]:
+            yield _joined(pending, reader.notes)
+            pending = []
+        pending.append(block)
+        while sum(len(b.pictures) for b in pending) >= batch:
+            missing = batch - sum(len(b.pictures) for b in pending[:-1])
+            last = pending[-1]
+            yield _joined([*pending[:-1], _Block(last.tensor[:missing], last.pictures[:missing])], reader.notes)
+            rest = _Block(last.tensor[missing:], last.pictures[missing:])
+            pending = [rest] if rest.pictures else []
+        del block  # or a batch lives on while the next one is made
+    if pending:
+        yield _joined(pending, reader.notes)
+    if not some:
+        raise InputError(_nothing(images))
+
+
+def _joined(blocks: Sequence[_Block], notes: _Notes) -> Inputs:
+    import torch
+
+    tensors = [block.tensor.to(blocks[0].tensor.device) for block in blocks]
+    tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return Inputs(tensor, [picture for block in blocks for picture in block.pictures], notes.take())
+
+
+def _nothing(images: Any) -> str:
+    return f"there are no pictures in this {type(images).__name__}: it is empty"
+
+
+class _Notes:
+    """Sentences about pictures, one each however many pictures they are about."""
+
+    def __init__(self) -> None:
+        self.about: dict[str, list[str]] = {}
+
+    def add(self, sentence: str, name: str = "") -> None:
+        names = self.about.setdefault(sentence, [])
+        if name:
+            names.append(name)
+
+    def take(self) -> list[str]:
+        about, self.about = self.about, {}
+        return [f"{_some(names)}: {sentence}" if names else sentence for sentence, names in about.items()]
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+class _Reader:
+    """Turns whatever was handed in into blocks of the input tensor, counting pictures as it goes."""
+
+    def __init__(self, preprocess: Preprocess | None, input_shape: Sequence[int] | None, chunk: int | None = None):
+        self.preprocess = preprocess
+        self.input_shape = None if input_shape is None else tuple(input_shape)
+        self.chunk = chunk
+        self.notes = _Notes()
+        self.count = 0
+        self.kept = 0
+
+    def blocks(self, images: Any, labels: Any = None) -> Iterator[_Block]:
+        if isinstance(images, (str, os.PathLike)):
+            yield from self.files(os.fspath(images), labels)
+        elif isinstance(images, Image.Image):
+            yield self.picture(images, _label(labels, 0, 1))
+        elif isinstance(images, Mapping):
+            yield from self.blocks(*_of_mapping(images))
+        elif isinstance(images, (list, tuple)):
+            pair = _with_labels(images)
+            for item, label in [pair] if pair else _one_by_one(images, labels):
+                yield from self.blocks(item, label)
+        elif _is_tensor(images) or hasattr(images, "__array__"):
+            yield from self.array(images, labels)
+        else:
+            for item in _items(images):
+                yield from self.blocks(item)
+
+    def next_name(self) -> str:
+        return f"image {self.count}"
+
+    # pictures
+
+    def files(self, path: str | bytes, labels: Any) -> Iterator[_Block]:
+        if isinstance(path, bytes):
+            path = os.fsdecode(path)
+        for file, name, label in _find(path):
+            if labels is not None:
+                label = _label(labels, 0, 1)
+            yield self.picture(_open(file, file, self.notes, name), label, name, os.path.abspath(file))
+
+    def picture(self, image: Image.Image, label: Any, name: str = "", path: str | None = None) -> _Block:
+        import torch
+
+        if path is None:
+            name = os.path.basename(str(getattr(image, "filename", "") or "")) or self.next_name()
+            image = _upright(image, name, name, self.notes)
+        preprocess = self.for_pictures(name)
+        values, to_input = preprocess.apply(image, name)
+        _, height, width = values.shape
+        picture = Picture(name, image, to_input, (height, width), label, preprocess=preprocess, path=path)
+        self.kept += image.width * image.height
+        if self.kept > KEPT_PIXELS:
+            picture.forget()
+        self.count += 1
+        return _Block(torch.from_numpy(values)[None], [picture])
+
+    def for_pictures(self, name: str) -> Preprocess:
+        shape = self.input_shape
+        if self.preprocess is None:
+            if shape is None:
+                raise InputError(
+                    f"{name} is a picture, and nothing says how this model wants its pictures: pass preprocess= "
+                    f"(size, mean, std) or input_shape=(C, H, W), or hand in a float tensor (N, C, H, W)"
+                )
+            self.preprocess = Preprocess.for_shape(shape)
+            self.notes.add(
+                f"nothing says how this model wants its pictures; taken as {self.preprocess.describe()} "
+                f"(preprocess= changes it)"
+            )
+        made = self.preprocess.shape[0]
+        if shape is not None and (len(shape) != 3 or shape[0] != made):
+            raise InputError(
+                f"this model takes {_shape(shape)}, but a picture becomes {_shape(self.preprocess.shape)} by its "
+                f"preprocess record: pass a preprocess= that fits, or a float tensor {_shape(('N', *shape))}"
+            )
+        return self.preprocess
+
+    # arrays
+
+    def array(self, array: Any, labels: Any) -> Iterator[_Block]:
+        tensor = _is_tensor(array)
+        if not tensor:
+            array = np.asarray(array)
+        what = "tensor" if tensor else "array"
+        kind = str(array.dtype).removeprefix("torch.")
+        shape = tuple(array.shape)
+        if 0 in shape:
+            raise InputError(f"{self.next_name()} is an empty {what} of shape {_shape(shape)}")
+        if kind == "uint8":
+            yield from self.pixels(_numpy_pixels(array), labels, torch_order=tensor)
+        elif array.is_floating_point() if tensor else array.dtype.kind == "f":
+            yield from self.floats(array, what, labels)
+        else:
+            raise InputError(
+                f"{self.next_name()} is {'an' if kind[0] in 'aeiou' else 'a'} {kind} {what} of shape {_shape(shape)}: "
+                f"uint8 (0..255) is read as a picture and float as what the model eats, convert it to one of them"
+            )
+
+    def pixels(self, array: np.ndarray, labels: Any, torch_order: bool) -> Iterator[_Block]:
+        """uint8 pictures, see `read` for the order of their axes."""
+        pictures, note = _as_pictures(array, torch_order, self.next_name())
+        if note:
+            self.notes.add(note)
+        for i, pixels in enumerate(pictures):
+            image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+            yield self.picture(image, _label(labels, i, len(pictures)))
+
+    def floats(self, array: Any, what: str, labels: Any) -> Iterator[_Block]:
+        single = self.check_floats(array, what)
+        if single:
+            array = array[None]
+        total = len(array)
+        chunk = self.chunk or total
+        for start in range(0, total, chunk):
+            values = _float32(array[start : start + chunk])
+            self.check_finite(values)
+            size = (values.shape[-2] if values.ndim > 2 else 1, values.shape[-1])
+            pictures = []
+            for i in range(len(values)):
+                label = _label(labels, start + i, total)
+                pictures.append(
+                    Picture(
+                        self.next_name(), None, (1.0, 1.0, 0.0, 0.0), size, label, values[i], preprocess=self.preprocess
+                    )
+                )
+                self.count += 1
+            if values.ndim == 4 and values.shape[1] not in (1, 3):
+                self.notes.add(f"inputs have {values.shape[1]} channels: the picture shown is their mean")
+            yield _Block(values, pictures)
+
+    def check_floats(self, array: Any, what: str) -> bool:
+        """Whether this is one input rather than a batch; refuses what the model cannot take."""
+        name, shape = self.next_name(), tuple(array.shape)
+        wanted = self.input_shape
+        rank = 3 if wanted is None else len(wanted)
+        axes = ("C", "H", "W") if rank == 3 or wanted is None else wanted
+        if len(shape) not in (rank, rank + 1):
+            raise InputError(
+                f"{name} is a float {what} of shape {_shape(shape)}: floats are taken as what the model eats, "
+                f"{_shape(axes)} or {_shape(('N', *axes))}; pass uint8 for a picture"
+            )
+        single = len(shape) == rank
+        channels = shape[0] if single else shape[1]
+        if wanted is None and self.preprocess is not None:
+            wanted = self.preprocess.shape
+        if wanted is not None and channels != wanted[0]:
+            hint = f"pass {_shape(('N', *wanted))}"
+            if rank == 3 and shape[-1] == wanted[0]:
+                hint = f"its axes seem to be {'' if single else 'N, '}H, W, C, transpose them"
+            raise InputError(
+                f"{name} is a float {what} of shape {_shape(shape)} with {channels} channel{'s' * (channels != 1)}, "
+                f"but this model takes {_shape(wanted)}: {hint}"
+            )
+        return single
+
+    def check_finite(self, values: torch.Tensor) -> None:
+        import torch
+
+        if torch.isfinite(values).all():
+            return
+        bad = ~torch.isfinite(values).flatten(1).all(1)
+        index = int(bad.nonzero()[0])
+        nan = "NaN" if torch.isnan(values[index]).any() else "an infinite value"
+        raise InputError(f"image {self.count + index} holds {nan} (in float32): a network can make nothing of it")
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")  # who has a tensor has imported it
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _numpy_pixels(array: Any) -> np.ndarray:
+    return array.detach().cpu().numpy() if _is_tensor(array) else array
+
+
+def _float32(array: Any) -> torch.Tensor:
+    """A float32 copy without a graph."""
+    import torch
+
+    if _is_tensor(array):
+        return array.detach().to(torch.float32, copy=True)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with a sentence
+        return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
+
+
+def _as_pictures(array: np.ndarray, torch_order: bool, name: str) -> tuple[np.ndarray, str]:
+    """(N, H, W, C) of a uint8 array, and a note if its axes were not in the usual order."""
+    if array.ndim == 2:
+        return array[None, ..., None], ""
+    if array.ndim not in (3, 4):
+        raise InputError(
+            f"{name} is a uint8 array of shape {_shape(array.shape)}: a picture is (H, W) or (H, W, 3), "
+            f"a batch (N, H, W, 3)"
+        )
+    batch = array if array.ndim == 4 else array[None]
+    first, last = np.moveaxis(batch, 1, -1), batch
+    usual, other = (first, last) if torch_order else (last, first)
+    if usual.shape[-1] in (1, 3, 4):
+        return usual, ""
+    if other.shape[-1] in (1, 3):
+        axes = "(H, W, C)" if torch_order else "(C, H, W)"
+        return other, f"uint8 {_shape(array.shape)} read as {axes} pictures"
+    if array.ndim == 3:
+        return array[..., None], f"uint8 {_shape(array.shape)} read as {len(array)} grey pictures (N, H, W)"
+    raise InputError(
+        f"{name} is a uint8 array of shape {_shape(array.shape)}, and neither axis 1 nor the last one is 1 or 3 long: "
+        f"a batch of pictures is (N, H, W, 3)"
+    )
+
+
+# --- lists, data sets, loaders ---------------------------------------------------------------------------------------
+
+
+IMAGE_KEYS = ("pixel_values", "image", "images", "img", "input")
+LABEL_KEYS = ("labels", "label", "target", "targets", "y")
+
+
+def _of_mapping(batch: Mapping[Any, Any]) -> tuple[Any, Any]:
+    for key in IMAGE_KEYS:
+        if key in batch:
+            label = next((batch[k] for k in LABEL_KEYS if k in batch), None)
+            return batch[key], _labels(label, strings=True)
+    raise InputError(
+        f"a batch is a dict with the keys {', '.join(map(str, batch))}: its pictures are looked for under "
+        f"{', '.join(IMAGE_KEYS[:-1])} or {IMAGE_KEYS[-1]}"
+    )
+
+
+def _items(images: Any) -> Iterator[Any]:
+    """What an iterable or a data set with `__getitem__` and `__len__` yields; a sentence for anything else."""
+    if isinstance(images, (bytes, bytearray, int, float, complex)) or images is None or hasattr(images, "read"):
+        kind = "None" if images is None else f"a {type(images).__name__}"
+        raise InputError(f"{kind} is not a picture: pass a path, a PIL image, an array, a tensor or a list of them")
+    if hasattr(images, "__iter__"):
+        return iter(images)
+    if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
+        return (images[i] for i in range(len(images)))
+    raise InputError(
+        f"a {type(images).__name__} is not a picture: pass a path, a PIL image, an array, a tensor or a list of them"
+    )
+
+
+def _with_labels(item: Sequence[Any]) -> tuple[Any, Any] | None:
+    """(images, labels) if this is what a loader makes of a batch or a data set of a sample, else None: it is a list."""
+    if len(item) < 2:
+        return None
+    images, *rest = item
+    if not _picture_like(images):
+        return None
+    whole_batch = getattr(images, "ndim", 0) == 4
+    labels = _labels(rest[0], strings=whole_batch)
+    if labels is not None and whole_batch and len(rest) == 1:
+        return images, labels
+    if any(_picture_like(other) for other in rest):
+        return None
+    # Targets that are no class (masks, boxes, measurements) are not ours to keep.
+    return (images, labels) if labels is not None or whole_batch or isinstance(item, tuple) else None
+
+
+def _picture_like(value: Any) -> bool:
+    if isinstance(value, (str, os.PathLike, Image.Image)):
+        return True
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and _picture_like(value[0])
+    if isinstance(value, Mapping):
+        return any(key in value for key in IMAGE_KEYS)
+    kind = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return getattr(value, "ndim", 0) >= 3 - (kind == "uint8") and (kind == "uint8" or "float" in kind)
+
+
+def _labels(value: Any, strings: bool = False) -> list[str | int] | None:
+    """Classes by number (by name where `strings`), one for each picture; None if it is something else."""
+    if _is_tensor(value) or isinstance(value, (np.ndarray, np.generic)):
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.ndim > 1 or not kind.startswith(("int", "uint")):
+            return None
+        return [int(v) for v in value.reshape(-1).tolist()]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if strings and isinstance(value, str):
+        return [value]
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, str) if strings else int) for v in value):
+        return list(value)
+    return None
+
+
+def _one_by_one(images: Sequence[Any], labels: Any) -> Iterator[tuple[Any, Any]]:
+    for i, item in enumerate(images):
+        label = _label(labels, i, len(images))
+        yield item, None if label is None else [label]
+
+
+def _label(labels: Any, i: int, total: int) -> Any:
+    if labels is None:
+        return None
+    if len(labels) != total:
+        raise InputError(f"a batch has {total} picture{'s' * (total != 1)} and {len(labels)} labels")
+    return labels[i]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _find(path: str) -> Iterator[tuple[str, str, str | None]]:
+    """(file, name, label) of what a path, a folder or a glob stands for."""
+    if re.match(r"[a-z][a-z0-9+.-]+://|data:", path, re.IGNORECASE):
+        raise InputError(f"{path[:80]} is an address, and only files of this machine are read: download it first")
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        yield from _in_folder(path)
+    elif os.path.exists(path):
+        yield path, os.path.basename(path), None
+    elif glob.has_magic(path):
+        found = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
+        if not found:
+            raise InputError(f"no file matches {path}")
+        for file in [p for p in found if _known(p)] or found:
+            yield file, os.path.basename(file), None
+    else:
+        raise InputError(f"no such file: {path or repr(path)}{_near(path)}")
+
+
+def _near(path: str) -> str:
+    folder, name = os.path.split(path)
+    try:
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), n=3)
+    except (OSError, ValueError):
+        return ""
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def _in_folder(folder: str) -> Iterator[tuple[str, str, str | None]]:
+    files = sorted(_walk(folder, set()))
+    pictures = [parts for parts in files if _known(parts[-1])]
+    if not pictures:
+        held = f"holds {len(files)} file{'s' * (len(files) != 1)} but no picture" if files else "is empty"
+        raise InputError(f"the folder {folder} {held}; pictures end in .png, .jpg, .webp, .bmp, .tif, .gif and so on")
+    for parts in pictures:
+        yield os.path.join(folder, *parts), "/".join(parts), parts[0] if len(parts) > 1 else None
+
+
+def _walk(folder: str, seen: set[str], *parts: str) -> Iterator[tuple[str, ...]]:
+    """Files below a folder as parts of their path. Links are followed, once each: data sets are often made of them."""
+    if (real := os.path.realpath(folder)) in seen:
+        return
+    seen.add(real)
+    try:
+        with os.scandir(folder) as found:
+            entries = [entry for entry in found if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be read: {error.strerror}") from error
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(entry.path, seen, *parts, entry.name)
+        elif entry.is_file():
+            yield *parts, entry.name
+
+
+def _known(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in SUFFIXES
+
+
+def _open(path: str, shown: str, notes: _Notes, name: str = "") -> Image.Image:
+    """A file as an upright RGB or L picture; `shown` is what errors call it, `name` what notes do."""
+    if os.path.isfile(path) and not os.path.getsize(path):
+        raise InputError(f"{shown} is an empty file")
+    Image.init()
+    try:
+        with _quiet_pillow(), Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN]) as image:
+            return _upright(image, name or shown, shown, notes)
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(_too_large(shown, "")) from error
+    except Image.UnidentifiedImageError as error:
+        kind = f"not a picture, though its name ends in {Path(path).suffix}" if _known(path) else "not a picture"
+        raise InputError(
+            f"{shown} is {'damaged: only its first bytes are those of a picture' if _signed(path) else kind}"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{shown} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged header can raise anything
+        raise InputError(f"{shown} is damaged: its header cannot be read ({error})") from error
+
+
+@contextlib.contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Without Pillow's warnings: they are about what it reads all the same, or about sizes that are refused here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _signed(path: str) -> bool:
+    """Whether a file starts as the common picture files do."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+    signs = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+    return start.startswith(signs) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+
+
+def _check_size(width: int, height: int, shown: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise InputError(_too_large(shown, f"{width}x{height} pixels, "))
+    if not width * height:
+        raise InputError(f"{shown} has no pixels ({width}x{height})")
+
+
+def _too_large(shown: str, size: str) -> str:
+    return f"{shown} is {size}more than the {MAX_PIXELS / 1e6:g} million that are read: make it smaller"
+
+
+def _upright(image: Image.Image, name: str, shown: str, notes: _Notes) -> Image.Image:
+    """A picture as people see it: decoded, turned as its EXIF data says, RGB or L with 8 bits. A copy."""
+    _check_size(image.width, image.height, shown)
+    with _quiet_pillow():
+        try:
+            # A frame that somebody sought is what they meant; a file is at its first one.
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                of = "page of several" if image.format == "TIFF" else "frame of an animation"
+                position = image.tell()
+                notes.add(f"the first {of}" if position == 0 else f"number {position + 1}, a {of}", name)
+            image.load()
+        except Exception as error:  # what the decoders raise on damaged files is of every type
+            cut = "truncated" in str(error) or isinstance(error, EOFError)
+            kind = "cut off" if cut else "damaged"
+            raise InputError(f"{shown} is {kind} and cannot be read to its end ({error})") from error
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # the same holds for damaged EXIF data, but the picture is there
+            notes.add("its EXIF data cannot be read, so it is not rotated", name)
+            image = image.copy()
+        try:
+            return _eight_bits(image, shown, lambda sentence: notes.add(sentence, name))
+        except InputError:
+            raise
+        except (ValueError, OSError) as error:
+            raise InputError(f"{shown} stores its colors as {image.mode}, which is not read: save it as RGB") from error
+
+
+def _eight_bits(image: Image.Image, shown: str, note: Callable[[str], None]) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        note("16-bit grey, scaled from 0..65535 to 0..255")
+        return _grey(np.asarray(image) / 257)
+    if image.mode in ("I", "F"):
+        return _wide_grey(np.asarray(image), shown, note)
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            note("transparent parts are shown on white")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    wanted = "L" if grey else "RGB"
+    return image if image.mode == wanted else image.convert(wanted)
+
+
+def _wide_grey(values: np.ndarray, shown: str, note: Callable[[str], None]) -> Image.Image:
+    """Grey of 32 bits, whose range no file says: 0..1 (floats), 0..255 and 0..65535 are known, others stretched."""
+    low, high = float(values.min()), float(values.max())
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise InputError(f"{shown} holds NaN or infinite pixels: save it without them")
+    top = next((t for t in (1 if values.dtype.kind == "f" else 255, 255, 65535) if high <= t), None)
+    if low < 0 or top is None:
+        note(f"32-bit grey, stretched from its own {low:g}..{high:g} to 0..255")
+        return _grey((values - low) * (255 / (high - low)))
+    note(f"32-bit grey, read as 0..{top}")
+    return _grey(values * (255 / top))
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.rint(values).astype(np.uint8))
