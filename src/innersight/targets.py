@@ -16,7 +16,7 @@ Wherever a target is asked for, these are taken:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,19 +36,20 @@ _MAIN = (
     "x",
     "last_hidden_state",
 )
-Score = Callable[[Any, torch.Tensor, slice], torch.Tensor]
+Score = Callable[[Any, torch.Tensor, Sequence[int]], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Target:
     """A weighting of the output.
 
-    score(raw, main, part): the numbers `(n,)` for the images `part` of the request, from the whole output of the model
-    and from its main tensor; differentiable. texts(main, part): what is explained, in words, one for each image.
+    score(raw, main, part): one number for each row of the output `(n,)`, from the whole output of the model and from
+    its main tensor; `part` says which image of the request each row is. Differentiable.
+    texts(main, part): what is explained, in words, one for each row.
     """
 
     score: Score
-    texts: Callable[[torch.Tensor, slice], list[str]]
+    texts: Callable[[torch.Tensor, Sequence[int]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Classes:
     """The classes of a network: how many outputs there are and what they are called."""
 
     labels: tuple[str, ...] | None = None
+    predicted: tuple[int, ...] | None = None  # image by image, where it is settled what None stands for
 
     def name(self, index: int) -> str:
         return self.labels[index] if self.labels and index < len(self.labels) else f"class {index}"
@@ -164,8 +166,8 @@ def _rows(main: torch.Tensor) -> torch.Tensor:
     if main.dim() == 2:
         return main
     if main.dim() == 4:
-        winner = main.detach().argmax(1, keepdim=True)
-        where = torch.zeros_like(main, dtype=torch.bool).scatter_(1, winner, True)
+        best = main.detach().argmax(1, keepdim=True)
+        where = torch.zeros_like(main, dtype=torch.bool).scatter_(1, best, True)
         nowhere = ~where.flatten(2).any(2)[:, :, None, None]
         where = where | nowhere  # a class that wins nowhere is judged over the whole picture
         return (main * where).flatten(2).sum(2) / where.flatten(2).sum(2)
@@ -175,7 +177,7 @@ def _rows(main: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _winner(main: torch.Tensor) -> torch.Tensor:
+def winner(main: torch.Tensor) -> torch.Tensor:
     """The predicted class of each image: the largest score, or the class that covers most of a segmentation."""
     main = main.detach()
     if main.dim() == 4:
@@ -188,8 +190,14 @@ def _winner(main: torch.Tensor) -> torch.Tensor:
 # The targets
 
 
-def resolve(target: Any, count: int, classes: Classes) -> Target:
-    """What the user gave, as a Target for `count` images."""
+def resolve(target: Any, count: int, classes: Classes, predicted: Sequence[int] | None = None) -> Target:
+    """What the user gave, as a Target for `count` images.
+
+    predicted: the classes that None stands for, where the score is compared between changed images of one prediction;
+    default what is predicted in each pass.
+    """
+    if predicted is not None:
+        classes = replace(classes, predicted=tuple(predicted))
     if isinstance(target, _Deferred):
         return target.build(count, classes)
     if isinstance(target, Target):
@@ -216,18 +224,18 @@ class _Deferred:
     build: Callable[[int, Classes], Target]
 
 
-def _indices(items: Sequence[Any], classes: Classes, main: torch.Tensor, part: slice) -> torch.Tensor:
+def _indices(items: Sequence[Any], classes: Classes, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
     count = main.shape[1] if main.dim() > 1 else 1
-    winner = _winner(main)
-    chosen = [int(winner[i]) if t is None else classes.index(t, count) for i, t in enumerate(items[part])]
+    predicted = winner(main) if classes.predicted is None else [classes.predicted[k] for k in part]
+    chosen = [int(predicted[i]) if t is None else classes.index(t, count) for i, t in enumerate(items[k] for k in part)]
     return torch.tensor(chosen, device=main.device)
 
 
 def _class(items: Sequence[Any], classes: Classes) -> Target:
-    def score(_raw: Any, main: torch.Tensor, part: slice) -> torch.Tensor:
+    def score(_raw: Any, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
         return _rows(main).gather(1, _indices(items, classes, main, part)[:, None])[:, 0]
 
-    def texts(main: torch.Tensor, part: slice) -> list[str]:
+    def texts(main: torch.Tensor, part: Sequence[int]) -> list[str]:
         return [classes.name(int(i)) for i in _indices(items, classes, main, part)]
 
     return Target(score, texts)
@@ -276,22 +284,22 @@ def mask(where: Any, of: Any = None) -> _Deferred:
             raise errors.InputError("a mask is a boolean array (H, W) or (N, H, W) that marks at least one pixel")
         region = region.expand(count, *region.shape[-2:])
 
-        def pick(main: torch.Tensor, part: slice) -> torch.Tensor:
+        def pick(main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
             if main.dim() != 4:
                 raise errors.Unsupported(
                     f"a mask is a target for a segmentation (N, K, H, W); this network answers {tuple(main.shape)}"
                 )
-            resized = torch.nn.functional.interpolate(region[part, None].float().to(main.device), main.shape[-2:])
+            resized = torch.nn.functional.interpolate(region[list(part), None].float().to(main.device), main.shape[-2:])
             if not bool((resized.flatten(1).sum(1) > 0).all()):
                 raise errors.InputError("the mask marks less than one value of the network's output")
             return resized
 
-        def index(main: torch.Tensor, part: slice) -> torch.Tensor:
+        def index(main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
             if of is not None:
                 return _indices([of] * count, classes, main, part)
             return (main.detach() * pick(main, part)).flatten(2).sum(2).argmax(1)
 
-        def score(_raw: Any, main: torch.Tensor, part: slice) -> torch.Tensor:
+        def score(_raw: Any, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
             weights = pick(main, part)
             chosen = main[torch.arange(main.shape[0], device=main.device), index(main, part)]
             return (chosen * weights[:, 0]).flatten(1).sum(1) / weights.flatten(1).sum(1)
@@ -311,7 +319,7 @@ def box(where: Sequence[float], of: Any = None) -> _Deferred:
                 "a box is (left, top, right, bottom) in pixels of the input, with left < right and top < bottom"
             )
 
-        def score(raw: Any, main: torch.Tensor, _part: slice) -> torch.Tensor:
+        def score(raw: Any, main: torch.Tensor, _part: Sequence[int]) -> torch.Tensor:
             if not is_detection(raw):
                 raise errors.Unsupported(
                     f"a box is a target for a detector; this network answers a tensor {tuple(main.shape)}"
@@ -350,13 +358,13 @@ def embedding(vector: Any) -> _Deferred:
             raise errors.InputError(f"an embedding is a vector (D,) or one for each of the {count} images (N, D)")
         wanted = wanted.expand(count, wanted.shape[-1])
 
-        def score(_raw: Any, main: torch.Tensor, part: slice) -> torch.Tensor:
+        def score(_raw: Any, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
             flat = main.flatten(1)
             if flat.shape[1] != wanted.shape[1]:
                 raise errors.InputError(
                     f"the embedding has {wanted.shape[1]} numbers, the network's output {flat.shape[1]}"
                 )
-            return torch.cosine_similarity(flat, wanted[part].to(flat), dim=1)
+            return torch.cosine_similarity(flat, wanted[list(part)].to(flat), dim=1)
 
         return Target(score, lambda main, _part: ["similarity to the embedding"] * main.shape[0])
 
@@ -366,7 +374,7 @@ def embedding(vector: Any) -> _Deferred:
 def _function(fn: Callable[[torch.Tensor], torch.Tensor]) -> Target:
     name = getattr(fn, "__name__", type(fn).__name__)
 
-    def score(raw: Any, main: torch.Tensor, _part: slice) -> torch.Tensor:
+    def score(raw: Any, main: torch.Tensor, _part: Sequence[int]) -> torch.Tensor:
         value = fn(raw)
         if not isinstance(value, torch.Tensor) or value.shape not in ((main.shape[0],), (main.shape[0], 1)):
             got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

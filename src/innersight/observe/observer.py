@@ -102,6 +102,28 @@ class Recording:
     def layers(self) -> list[Node]:
         return [n for n in self.nodes if n.kind in ("layer", "opaque")]
 
+    def bottlenecks(self) -> list[Node]:
+        """The nodes that every path from the input to the first output passes through, in run order."""
+        if not self.outputs:
+            return []
+        last = self.outputs[0].node
+        upstream = {last}
+        for node in reversed(self.nodes[: last + 1]):
+            if node.index in upstream:
+                upstream.update(node.inputs)
+        # A node is on every path if as many paths lead through it as there are at all (exact: Python's integers).
+        before = {i: 1 for i in self.inputs}
+        behind = dict.fromkeys(upstream, 0) | {last: 1}
+        for node in self.nodes[: last + 1]:
+            if node.index in upstream and node.inputs:
+                before[node.index] = sum(before.get(i, 0) for i in node.inputs)
+        for node in reversed(self.nodes[: last + 1]):
+            if node.index in upstream:
+                for i in node.inputs:
+                    behind[i] += behind[node.index]
+        every = before.get(last, 0)
+        return [n for n in self.nodes if n.index in upstream and before.get(n.index, 0) * behind[n.index] == every]
+
     def find(self, name: str) -> Node:
         """The node of that name; the name of a module means the value it returned (its last call has `_N`)."""
         if node := self.by_name.get(name):

@@ -1,0 +1,152 @@
+"""Layers: the places in a run where a value can be read, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from innersight.observe.geometry import Layout, ReceptiveField
+    from innersight.observe.observer import Node, Recording
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One place in the run of a network.
+
+    name:            as in `net.layers[name]`; follows torchvision's feature-extraction node names
+    kind:            the class of the module (`Conv2d`) or the operation (`add`)
+    shape:           of one image's output as the network holds it, without the batch
+    grid:            `(C, H, W)` as it is shown, or None where the output has no place in the picture
+    grid_note:       how it was brought to that grid, where it was not `(C, H, W)` already
+    parameters:      how many numbers were learnt for it
+    receptive_field: the part of the input that one of its values looks at; None if not known
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    grid: tuple[int, int, int] | None
+    grid_note: str
+    parameters: int
+    receptive_field: ReceptiveField | None
+    node: Node = field(repr=False, compare=False)
+    layout: Layout | None = field(repr=False, compare=False)
+    _effective: Callable[..., Any] = field(repr=False, compare=False)
+
+    @property
+    def spatial(self) -> bool:
+        """Whether its values have a place in the picture."""
+        return self.grid is not None
+
+    def effective_receptive_field(self, images: Any = None, share: float = 0.9) -> tuple[int, int, int, int]:
+        """The box `(top, left, bottom, right)` of the input that holds `share` of what moves the middle unit.
+
+        Deep exact fields cover more than the picture; most of a unit's squared gradient comes from a smaller, roughly
+        Gaussian part (Luo et al., Understanding the Effective Receptive Field, NeurIPS 2016). Averaged over `images`,
+        by default noise.
+        """
+        return self._effective(self, images, share)
+
+    def to_json(self) -> dict[str, Any]:
+        f = self.receptive_field
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "grid": None if self.grid is None else list(self.grid),
+            "grid_note": self.grid_note or None,
+            "parameters": self.parameters,
+            "receptive_field": None
+            if f is None
+            else {
+                "size": [float(s) for s in f.size],
+                "stride": [float(s) for s in f.stride],
+                "centre": [float(s) for s in f.centre],
+                "exact": f.exact,
+                "whole": f.whole,
+            },
+        }
+
+
+class Layers(Mapping[str, Layer]):
+    """The layers of a network in the order they run; prints as a table.
+
+    Listed are operations that make new values. `layers[name]` also finds what is not listed: the value a module
+    returned (`layer1`), views and copies (`flatten`).
+    """
+
+    def __init__(self, recording: Recording, make: Callable[[Node], Layer]):
+        self._recording = recording
+        self._make = make
+        # Box arithmetic of a detector is no layer to look at: its rows are candidates, not images.
+        self._listed = {n.name: n for n in recording.layers if n.shape and n.shape[0] % max(recording.batch, 1) == 0}
+        self._made: dict[int, Layer] = {}
+
+    def __getitem__(self, name: str) -> Layer:
+        """The layer of that name; raises UnknownName with the nearest names."""
+        node = self._recording.find(name)
+        if node.index not in self._made:
+            self._made[node.index] = self._make(node)
+        return self._made[node.index]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self._recording.by_name or name in self._recording.aliases)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._listed)
+
+    def __len__(self) -> int:
+        return len(self._listed)
+
+    @property
+    def spatial(self) -> list[str]:
+        """Names of those whose values have a place in the picture."""
+        return [name for name in self if self[name].spatial]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table: name, kind, output shape, receptive field, parameters."""
+        return [_row(layer) for layer in self.values()]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [layer.to_json() for layer in self.values()]
+
+    def __repr__(self) -> str:
+        total = sum(layer.parameters for layer in self.values())
+        return f"<{len(self)} layers, {len(self.spatial)} of them with maps, {total:,} parameters>"
+
+    def __str__(self) -> str:
+        rows = [HEADER, *self.rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i == 6 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        return "\n".join(line.rstrip() for line in lines)
+
+
+HEADER = ("layer", "kind", "output", "receptive field", "stride", "centre", "parameters")
+
+
+def _row(layer: Layer) -> tuple[str, ...]:
+    shape = "x".join(map(str, layer.shape))
+    if layer.grid is not None and layer.grid != layer.shape:
+        shape += f" as {'x'.join(map(str, layer.grid))}"
+    f = layer.receptive_field
+    seen = (
+        ("", "", "")
+        if f is None or layer.grid is None
+        else (str(f).partition(",")[0], _pair(f.stride), _pair(f.centre))
+    )
+    if f is not None and f.whole:
+        seen = ("whole picture", "", "")
+    return layer.name, layer.kind, shape, *seen, f"{layer.parameters:,}" if layer.parameters else ""
+
+
+def _pair(values: tuple) -> str:
+    a, b = (f"{float(v):g}" for v in values)
+    return a if a == b else f"{a}, {b}"

@@ -1,0 +1,505 @@
+"""Network: what an opened model can be asked. Reads pictures, resolves names, cuts batches, hands out results."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from innersight import __version__, errors, images, results, targets
+from innersight.formats import Opened
+from innersight.layers import Layer, Layers
+from innersight.methods import Look, Method, find
+from innersight.observe import geometry
+from innersight.observe.observer import Node, Recording
+from innersight.observe.passes import INPUT, Engine, Pass, Request, free_memory
+from innersight.observe.replay import Replay
+
+
+def open(
+    source: Any,
+    *,
+    arch: Any = None,
+    weights: str | None = None,
+    labels: Sequence[str] | str | None = None,
+    input_shape: Sequence[int] | None = None,
+    preprocess: Any = None,
+    output: str | int | None = None,
+    device: str | torch.device | None = None,
+    trust: bool = False,
+) -> Network:
+    """Open a model: `innersight.open("torchvision:resnet50")`, a module in memory, a file.
+
+    source:      a torch.nn.Module, any callable, "torchvision:NAME", "timm:NAME", "hf:NAME", or a file: TorchScript,
+                 torch.export `.pt2`, weights (`.safetensors`, `.pth`) together with `arch`
+    arch:        for weights: "package.module:factory", or the factory itself
+    weights:     for models by name: a file, or "none" for an untrained network; default the library's own
+    labels:      class names in the order of the outputs, or a file with one a line; default what the model states
+    input_shape: (C, H, W) of one input; default what the model states
+    preprocess:  an `images.Preprocess`, or a mapping with its fields; default what the model states
+    output:      which of several outputs is the answer
+    device:      "cpu", "cuda", ...; default where the model is
+    trust:       allow files that run code when loaded
+
+    What was chosen is listed in `Network.notes`. Raises InputError, UnknownName, UntrustedFile or MissingPackage with
+    one sentence on what to do.
+    """
+    from innersight.formats.opening import open_source
+
+    if isinstance(source, Network):
+        return source
+    opened = open_source(
+        source, arch=arch, weights=weights, labels=labels, input_shape=input_shape, preprocess=preprocess,
+        device=device, trust=trust,
+    )  # fmt: skip
+    return Network(opened, output=output, device=device)
+
+
+class Network:
+    """An opened model. Made by `innersight.open`.
+
+    name, input_shape, preprocess, labels: what it is called, takes and answers
+    notes: what was chosen for you, a sentence each, with the keyword that changes it
+    """
+
+    def __init__(self, opened: Opened, output: str | int | None = None, device: Any = None):
+        self.name = opened.name
+        self.input_shape = None if opened.input_shape is None else tuple(opened.input_shape)
+        self.preprocess = opened.preprocess
+        self.labels = None if opened.labels is None else tuple(opened.labels)
+        self.notes = list(opened.notes)
+        self.module = opened.module
+        self._output = output
+        if device is not None and any(p.device != torch.device(device) for p in self.module.parameters()):
+            self.module = copy.deepcopy(self.module).to(device)  # the model itself stays where it is
+        self.engine = Engine(self.module, call=opened.call, fixed_batch=opened.fixed_batch)
+        parameter = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        self.device = parameter.device if parameter is not None else torch.device(device or "cpu")
+        self._dtype = parameter.dtype if parameter is not None else torch.float32
+        self._layers: dict[tuple[int, ...], Layers] = {}
+        self._geometry: dict[int, list] = {}
+        self._cam_layers: dict[int, str] = {}
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.input_shape)) if self.input_shape else "any"
+        classes = f", {len(self.labels)} classes" if self.labels else ""
+        return f"<Network {self.name}: input {shape}{classes}, on {self.device}>"
+
+    # -- layers
+
+    @property
+    def layers(self) -> Layers:
+        """The table of layers at the network's own input size; `net.layers["conv1"]` is one of them."""
+        return self._layers_for(self._sample())
+
+    def _sample(self) -> torch.Tensor:
+        """One input of noise, always the same: what the network is learnt from where no picture is at hand."""
+        if self.input_shape is None:
+            raise errors.InputError(f"the input size of {self.name} is not known: open it with input_shape=(C, H, W)")
+        shape = (1, *self.input_shape)
+        return self._to_model(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+    def _to_model(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.device, self._dtype)
+
+    def _layers_for(self, x: torch.Tensor) -> Layers:
+        key = tuple(x.shape[1:])
+        if key not in self._layers:
+            with self.engine.session():
+                recording = self._learn(x)
+            self._layers[key] = Layers(recording, lambda node: self._layer(recording, node))
+        return self._layers[key]
+
+    def _learn(self, x: torch.Tensor) -> Recording:
+        """What the network does with such an input; an input it cannot take gets a sentence."""
+        try:
+            return self.engine.recording(x)
+        except errors.InnersightError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            wants = f"; it takes (N, {', '.join(map(str, self.input_shape))})" if self.input_shape else ""
+            said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise errors.InputError(
+                f"{self.name} cannot run on an input of shape {tuple(x.shape)}{wants} (it said: {said})"
+            ) from error
+
+    def _geometry_of(self, recording: Recording) -> list:
+        if id(recording) not in self._geometry:
+            self._geometry[id(recording)] = geometry.trace(recording)
+        return self._geometry[id(recording)]
+
+    def _layer(self, recording: Recording, node: Node) -> Layer:
+        found = self._geometry_of(recording)[node.index]
+        layout = found.layout if found is not None else None
+        grid = layout.grid_shape(node.shape) if layout is not None and layout.spatial else None
+        return Layer(
+            name=node.name,
+            kind=node.module or node.op,
+            shape=tuple(node.shape[1:]),
+            grid=grid,
+            grid_note=layout.note if layout is not None else "",
+            parameters=node.parameters,
+            receptive_field=found.field if found is not None else None,
+            node=node,
+            layout=layout,
+            _effective=self._effective_field,
+        )
+
+    def _effective_field(self, layer: Layer, pictures: Any, share: float) -> tuple[int, int, int, int]:
+        if layer.grid is None:
+            raise errors.Unsupported(f"layer {layer.name!r} has no place in the picture, so no receptive field either")
+        if pictures is None:
+            generator = torch.Generator().manual_seed(0)
+            x = self._to_model(torch.randn((8, *self._sample().shape[1:]), generator=generator))
+        else:
+            x = self._read(pictures).tensor
+        channels, height, width = layer.grid
+        # Random signs: the gradients of a sum over channels would cancel where channels oppose each other.
+        signs = torch.randint(0, 2, (channels,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+        signs = signs.to(x)
+
+        def score(value: torch.Tensor) -> torch.Tensor:
+            return self._on_grid(layer, value)[:, :, height // 2, width // 2] @ signs
+
+        energy = np.zeros(x.shape[-2:])
+        for passed in self._passes(x, Request(gradients=[INPUT], of=layer.name, score=score)):
+            g = passed.gradients[INPUT]
+            if g is not None:
+                energy += g.double().square().sum((0, 1)).cpu().numpy()
+        return geometry.effective_box(energy, share)
+
+    def _on_grid(self, layer: Layer, value: torch.Tensor) -> torch.Tensor:
+        """A layer's value as `(N, C, H, W)`, where it has a grid."""
+        return value if layer.layout is None or layer.grid is None else layer.layout.to_grid(value)
+
+    # -- passes
+
+    def _read(self, pictures: Any) -> images.Inputs:
+        """Pictures as one batch on the network's device."""
+        if pictures is None:
+            raise errors.InputError("no images were given")
+        inputs = images.read(pictures, self._wants(), input_shape=self.input_shape)
+        inputs.tensor = self._to_model(inputs.tensor)
+        return inputs
+
+    def _wants(self) -> images.Preprocess | None:
+        return self.preprocess
+
+    def _passes(self, x: torch.Tensor, request: Request, size: int | None = None) -> Iterable[Pass]:
+        """The request over the whole batch, chunk by chunk within the memory budget."""
+        with self.engine.session():
+            self._learn(x[:1])
+            size = size or self.engine.chunk_size(x, request)
+            yield from self.engine.chunks(x, lambda part, _: self.engine.run(part, request), size)
+
+    def _main(self, output: Any) -> torch.Tensor:
+        main, note = targets.main_tensor(output, self._output)
+        if note and note not in self.notes:
+            self.notes.append(note)
+        return main
+
+    @property
+    def _classes(self) -> targets.Classes:
+        return targets.Classes(self.labels)
+
+    def _provenance(self, inputs: images.Inputs, method: str | None = None, layer: Any = None, target: Any = None,
+                    options: Mapping[str, Any] | None = None, notes: Sequence[str] = ()) -> results.Provenance:  # fmt: skip
+        return results.Provenance(
+            network=self.name, method=method, layer=layer, target=target, options=dict(options or {}), seed=0,
+            notes=tuple(dict.fromkeys([*self.notes, *inputs.notes, *notes])),
+            versions={"innersight": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        )  # fmt: skip
+
+    # -- questions
+
+    def predict(self, images: Any) -> results.Predictions:
+        """What the network answers: `.top(5)` labels and probabilities, `.logits` the raw output `(N, K)`.
+
+        images: a path, folder, glob, PIL image or array, a list of them, a float batch `(N, C, H, W)`, or a loader.
+        """
+        inputs = self._read(images)
+        rows = [self._main(p.output).detach().float().cpu() for p in self._passes(inputs.tensor, Request())]
+        logits = torch.cat(rows).numpy()
+        return results.Predictions(
+            logits=logits, labels=self.labels, pictures=inputs.pictures, provenance=self._provenance(inputs)
+        )
+
+    def maps(self, images: Any, layers: str | Sequence[str] | None = None) -> results.FeatureMaps:
+        """The feature maps of `layers` (default: every layer that has some), `(N, C, H, W)` arrays by name.
+
+        Runs no further than the last layer asked for. Tokens and channels-last layers are turned to that grid; layers
+        without a place in the picture keep their own shape. Raises UnknownName for a layer that does not exist.
+        """
+        inputs = self._read(images)
+        x = inputs.tensor
+        table = self._layers_for(x)
+        names = table.spatial if layers is None else [layers] if isinstance(layers, str) else list(layers)
+        if not names:
+            raise errors.Unsupported(
+                f"{self.name} has no layer with maps over the picture; name layers= to read others"
+            )
+        chosen = {name: table[name] for name in names}
+        self._refuse_too_much(chosen, len(x))
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in chosen}
+        for passed in self._passes(x, Request(read=list(chosen), output=False)):
+            for name, layer in chosen.items():
+                parts[name].append(_numpy(self._on_grid(layer, passed.values[name])))
+        notes = [f"{name}: {layer.grid_note}" for name, layer in chosen.items() if layer.grid_note]
+        return results.FeatureMaps(
+            {name: np.concatenate(part) if len(part) > 1 else part[0] for name, part in parts.items()},
+            inputs.pictures, {name: _info(layer) for name, layer in chosen.items()},
+            self._provenance(inputs, layer=list(chosen), notes=notes),
+        )  # fmt: skip
+
+    def _refuse_too_much(self, chosen: Mapping[str, Layer], count: int) -> None:
+        need = 4 * count * sum(int(np.prod(layer.shape)) for layer in chosen.values())
+        free = free_memory("cpu")
+        if need > 0.8 * free:
+            raise errors.InputError(
+                f"the maps of {len(chosen)} layers for {count} images take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB "
+                "are free: ask for fewer layers (layers=) or fewer images"
+            )
+
+    def explain(
+        self,
+        images: Any,
+        method: str | Sequence[str] = "gradient",
+        target: Any = None,
+        layer: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """What drove the decision: a `Saliency`, or a dict of them where `method` is a list.
+
+        method: a name of `innersight methods`, or several; they share passes
+        target: what is explained, see `innersight.targets`; default the class that is predicted, image by image
+        layer:  for methods that look at one; default the last layer that everything passes through, which is stated
+        options: the method's own
+
+        Raises UnknownName for an unknown method, layer, class or option (with the nearest), Unsupported where this
+        network does not offer what the method needs.
+        """
+        several = not isinstance(method, str)
+        methods = [find(m) for m in ([method] if isinstance(method, str) else method)]
+        for m in methods:
+            m.check_options({k: v for k, v in options.items() if not several or k in m.options})
+        for k in options:
+            if not any(k in m.options for m in methods):
+                methods[0].check_options({k: options[k]})
+        inputs = self._read(images)
+        x = inputs.tensor
+        goal = targets.resolve(target, len(x), self._classes)
+        notes: list[str] = []
+        chosen = None
+        if any("layer" in m.needs for m in methods):
+            chosen, note = self._cam_layer(x, goal, layer)
+            notes.append(note)
+        elif layer is not None:
+            self._layers_for(x)[layer]  # a name that does not exist is an error, even where it is not needed
+        found = self._explain(x, methods, goal, chosen, options)
+        saliencies = {}
+        for m in methods:
+            values, texts, scores, grid = found[m.name]
+            own = {k: v for k, v in options.items() if k in m.options}
+            saliencies[m.name] = results.Saliency(
+                values=values, pictures=inputs.pictures, signed=bool(own.get("channels")) or m.signed or not own.get("relu", True),
+                targets=texts, verdict=_verdict(values, scores), grid=grid,
+                provenance=self._provenance(
+                    inputs, m.name, chosen.name if chosen and "layer" in m.needs else None,
+                    texts if target is None else str(target), own, notes if "layer" in m.needs else (),
+                ),
+            )  # fmt: skip
+        return saliencies if several else saliencies[methods[0].name]
+
+    def _explain(self, x: torch.Tensor, methods: Sequence[Method], goal: targets.Target, layer: Layer | None,
+                 options: Mapping[str, Any]) -> dict[str, tuple]:  # fmt: skip
+        """Every method's map, with one pass for all of them."""
+        reads = {r for m in methods for r in m.reads}
+        names = {"input": INPUT, "layer": layer.name if layer else ""}
+        request = {
+            kind: [names[of] for of in ("input", "layer") if f"{of}.{kind}" in reads] for kind in ("value", "gradient")
+        }
+        maps: dict[str, list] = {m.name: [] for m in methods}
+        texts: list[str] = []
+        scores: list[torch.Tensor] = []
+        start = 0
+
+        def score(output: Any) -> torch.Tensor:
+            main = self._main(output)
+            part = range(start, start + main.shape[0])
+            part = [min(i, len(x) - 1) for i in part]  # images that only fill up a fixed batch
+            value = goal.score(output, main, part)
+            texts.extend(goal.texts(main.detach(), part)[: len(x) - start])
+            return value
+
+        wanted = Request(read=request["value"], gradients=request["gradient"], score=score)
+        for passed in self._passes(x, wanted):
+            assert passed.scores is not None
+            scores.append(passed.scores.float().cpu())
+            look = self._look(passed, names, layer)
+            for m in methods:
+                own = {k: v for k, v in options.items() if k in m.options}
+                maps[m.name].append(m.function(look, **own).detach().float())
+            start += passed.scores.shape[0]
+        size = x.shape[-2:]
+        found = {}
+        for m in methods:
+            value = torch.cat(maps[m.name])
+            grid = tuple(value.shape[-2:]) if value.shape[-2:] != size else None
+            if grid is not None:
+                value = torch.nn.functional.interpolate(
+                    value[:, None], size=size, mode="bilinear", align_corners=False
+                )[:, 0]
+            found[m.name] = _numpy(value), texts[: len(x)], torch.cat(scores).numpy(), grid
+        return found
+
+    def _look(self, passed: Pass, names: Mapping[str, str], layer: Layer | None) -> Look:
+        def on_grid(of: str, value: torch.Tensor | None) -> torch.Tensor:
+            if value is None:
+                raise errors.Unsupported(
+                    f"the score does not depend on {names[of]!r} in a way that has a gradient, "
+                    "so no map can be made from it"
+                )
+            return value if of == "input" or layer is None else self._on_grid(layer, value)
+
+        return Look(
+            {of: on_grid(of, passed.values[n]) for of, n in names.items() if n in passed.values},
+            {of: on_grid(of, passed.gradients[n]) for of, n in names.items() if n in passed.gradients},
+        )
+
+    def _cam_layer(self, x: torch.Tensor, goal: targets.Target, name: str | None) -> tuple[Layer, str]:
+        """The layer that a CAM looks at, and why it."""
+        table = self._layers_for(x)
+        if name is not None:
+            layer = table[name]
+            if layer.grid is None:
+                near = [n for n in table.spatial if n.rpartition(".")[0] == name.rpartition(".")[0]] or table.spatial
+                raise errors.Unsupported(
+                    f"layer {name!r} {layer.shape} has no place in the picture; layers with maps are "
+                    f"{', '.join(near[-3:])}"
+                )
+            return layer, f"layer {layer.name}, as asked"
+        recording = self.engine.recording(x)
+        if id(recording) not in self._cam_layers:
+            self._cam_layers[id(recording)] = self._choose_cam_layer(x, goal, table, recording)
+        layer = table[self._cam_layers[id(recording)]]
+        return layer, f"layer {layer.name}: the last with a grid that everything passes through (layer= changes it)"
+
+    def _choose_cam_layer(self, x: torch.Tensor, goal: targets.Target, table: Layers, recording: Recording) -> str:
+        trunk = [
+            n.name
+            for n in recording.bottlenecks()
+            if n.kind == "layer" and "pool" not in n.op and (g := table[n.name].grid) is not None and min(g[1:]) > 1
+        ]
+        if not trunk:
+            raise errors.Unsupported(
+                f"{self.name} has no layer with a grid that everything passes through; name one with layer="
+            )
+        if recording.outputs and (main := self._geometry_of(recording)[recording.outputs[0].node]) is not None:
+            dense = main.layout is not None and main.layout.spatial
+            if dense:  # a segmentation: not its answer, but the deepest maps it is made from
+                smallest = min(np.prod(table[n].grid[1:]) for n in trunk)  # type: ignore[index]
+                deep = [n for n in trunk if np.prod(table[n].grid[1:]) == smallest]  # type: ignore[index]
+                return max(deep, key=lambda n: (table[n].grid[0], deep.index(n)))  # type: ignore[index]
+        candidates = trunk[-8:]
+        if not any(table[n].grid_note for n in candidates):
+            return candidates[-1]
+        # Tokens: behind the last attention the patches no longer reach a class token, and their gradient is zero.
+        one = x[:1]
+
+        def score(output: Any) -> torch.Tensor:
+            main = self._main(output)
+            return goal.score(output, main, [0])
+
+        for passed in self._passes(one, Request(gradients=candidates, score=score)):
+            for name in reversed(candidates):
+                g = passed.gradients[name]
+                if g is not None and bool(self._on_grid(table[name], g).abs().max() > 0):
+                    return name
+        return candidates[-1]
+
+    def sensitivity(
+        self, images: Any, layer: str, target: Any = None, channels: Sequence[int] | None = None
+    ) -> results.Sensitivity:
+        """The exact change of the target's score when each channel of `layer` is removed (set to zero).
+
+        `values[n, c]` is the score of image n without channel c minus the score with it: negative where the channel
+        speaks for the target. Only what follows the layer is run again. Zeroing a channel as in Desai and Ramaswamy,
+        Ablation-CAM, WACV 2020; layers without channels (vectors) lose one unit at a time.
+
+        target: as in `explain`; "predicted" means the class predicted with every channel in place
+        """
+        inputs = self._read(images)
+        x = inputs.tensor
+        chosen = self._layers_for(x)[layer]
+        if not chosen.node.shapes or len(chosen.shape) < 1:
+            raise errors.Unsupported(f"layer {layer!r} has no channels")
+        axis = self._channel_axis(chosen)
+        count = chosen.node.shape[axis]
+        picked = list(range(count)) if channels is None else [int(c) for c in channels]
+        if bad := [c for c in picked if not 0 <= c < count]:
+            raise errors.UnknownName(
+                f"no channel {bad[0]} in layer {layer!r}; it has {count}, numbered 0 to {count - 1}"
+            )
+        values = np.zeros((len(x), len(picked)), dtype=np.float32)
+        base = np.zeros(len(x), dtype=np.float32)
+        texts: list[str] = []
+        skips = True
+        with self.engine.session():
+            self._learn(x[:1])
+            answers = [self._main(p.output) for p in self._passes(x, Request())]
+            main = torch.cat(answers) if answers[0].dim() else answers[0]
+            predicted = targets.winner(main).tolist() if main.dim() in (1, 2, 4) else None
+            goal = targets.resolve(target, len(x), self._classes, predicted=predicted)
+            for i in range(len(x)):
+                replay = Replay(self.engine, x[i : i + 1], layer)
+                skips &= replay.skips
+                clean = replay.value
+
+                def scores(value: torch.Tensor, image: int = i, replay: Replay = replay) -> torch.Tensor:
+                    raw = replay.run(value)
+                    main = self._main(raw)
+                    if not texts[image:]:
+                        texts.extend(goal.texts(main[:1], [image]))
+                    return goal.score(raw, main, [image] * main.shape[0]).float()
+
+                base[i] = float(scores(clean)[0])
+                room = (self.engine.budget or free_memory(x.device) // 4) / max(replay.image_bytes(), 1)
+                step = int(max(1, min(room, 32 if x.device.type == "cpu" else 256)))
+                for start in range(0, len(picked), step):
+                    part = picked[start : start + step]
+                    without = clean.expand(len(part), *clean.shape[1:]).clone()
+                    for row, channel in enumerate(part):
+                        without[row].select(axis - 1, channel).zero_()
+                    values[i, start : start + len(part)] = (scores(without).cpu() - base[i]).numpy()
+        note = () if skips else (f"{self.name} cannot be run from the middle, so each removal was a whole run",)
+        return results.Sensitivity(
+            values=values, layer=layer, channels=picked, scores=base, targets=texts, pictures=inputs.pictures,
+            provenance=self._provenance(inputs, "sensitivity", layer, texts if target is None else str(target), notes=note),
+        )  # fmt: skip
+
+    def _channel_axis(self, layer: Layer) -> int:
+        """Which dimension of the layer's own value holds its channels."""
+        if layer.layout is not None and "c" in layer.layout.dims:
+            return layer.layout.dims.index("c")
+        return len(layer.node.shape) - 1
+
+
+def _numpy(value: torch.Tensor) -> np.ndarray:
+    return value.detach().float().cpu().contiguous().numpy()
+
+
+def _info(layer: Layer) -> Any:
+    return results.LayerInfo(
+        name=layer.name, kind=layer.kind, shape=layer.shape, grid_note=layer.grid_note,
+        receptive_field="" if layer.receptive_field is None else str(layer.receptive_field),
+    )  # fmt: skip
+
+
+def _verdict(values: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+    """What the map's own evidence is: the score that was explained, and whether anything speaks for it at all."""
+    flat = np.abs(values.reshape(len(values), -1))
+    return {"score": [float(s) for s in scores], "blank": [bool(m == 0) for m in flat.max(1)]}
