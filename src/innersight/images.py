@@ -273,24 +273,21 @@ class Preprocess:
         geometry, note = _hf_geometry(config)
         if geometry is None:
             return None, note
-        rescale = config.get("do_rescale")
-        normalize = config.get("do_normalize")
-        mean, std = config.get("image_mean"), config.get("image_std")
         resample = config.get("resample")
         names = {int(number): name for name, number in RESAMPLING.items()}
         if resample is not None and int(resample) not in names:
             return None, f"resample={resample} is not known here"
-        if (normalize or normalize is None) and mean is not None and std is not None:
-            geometry |= {"mean": _many(mean), "std": _many(std)}
-        if any(len(geometry.get(name, (0,))) not in (1, 3) for name in ("mean", "std")):
-            return None, "its mean and std are not those of a color or a grey picture"
-        left_out = [key for key in ("do_pad", "rescale_offset", "include_top") if config.get(key)]
-        if left_out:
-            note = "; ".join(filter(None, [note, f"{' and '.join(left_out)} of its processor left out"]))
+        scale, mean, std = _hf_values(config)
+        if not {len(mean), len(std)} <= {1, 3}:
+            return None, "its mean and std are not those of a color picture"
+        if config.get("do_pad"):
+            note = "; ".join(filter(None, [note, "the padding of its processor is left out"]))
         record = cls(
             channels="BGR" if config.get("do_flip_channel_order") else "RGB",
             interpolation=names[2 if resample is None else int(resample)],
-            scale=1.0 if rescale is False else float(config.get("rescale_factor") or 1 / 255),
+            scale=scale,
+            mean=mean,
+            std=std,
             crop_rounding="down",
             **geometry,
         )
@@ -409,6 +406,22 @@ def _hf_geometry(config: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]
         whole = size["height"], size["width"]
         return {"size": cut or whole, "resize": "squash", "resize_to": whole if cut else None}, note
     return None, f"its processor resizes in a way that is not known here (size={config.get('size')!r})"
+
+
+def _hf_values(config: Mapping[str, Any]) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
+    """Scale, mean and std of a transformers image processor."""
+    scale = 1.0 if config.get("do_rescale") is False else float(config.get("rescale_factor") or 1 / 255)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    # MobileViT carries a mean that it does not use, and nothing that says so.
+    normalizes = config.get("do_normalize", "image_mean" in config and "do_flip_channel_order" not in config)
+    if normalizes:
+        mean, std = _many(config.get("image_mean", 0.5)), _many(config.get("image_std", 0.5))
+    if config.get("rescale_offset"):  # EfficientNet: x * scale - 1
+        mean = tuple(m + 1 for m in mean)
+    if config.get("include_top"):  # EfficientNet again: over std a second time
+        std = tuple(s * t for s, t in zip(std, _many(config.get("image_std", 1.0)), strict=True))
+    return scale, mean, std
 
 
 def _hf_size(size: Any) -> tuple[int, int]:
@@ -993,11 +1006,9 @@ def _with_labels(item: Sequence[Any]) -> tuple[Any, Any] | None:
         return None
     whole_batch = getattr(images, "ndim", 0) == 4
     labels = _labels(rest[0], strings=whole_batch)
-    if labels is not None and whole_batch and len(rest) == 1:
-        return images, labels
-    if any(_picture_like(other) for other in rest):
+    if labels is None and any(_picture_like(other) for other in rest):
         return None
-    # Targets that are no class (masks, boxes, measurements) are not ours to keep.
+    # Targets that are no class (masks, boxes, measurements), and what else comes with a sample, are not ours to keep.
     return (images, labels) if labels is not None or whole_batch or isinstance(item, tuple) else None
 
 
@@ -1110,8 +1121,10 @@ def _open(path: str, shown: str, notes: _Notes, name: str = "") -> Image.Image:
         raise InputError(f"{shown} is an empty file")
     Image.init()
     try:
-        with _quiet_pillow(), Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN]) as image:
-            return _upright(image, name or shown, shown, notes)
+        # Not by its name: Pillow would map an uncompressed TIFF into memory, and garbles those that lie on their side.
+        with open(path, "rb") as file, _quiet_pillow():
+            with Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN]) as image:
+                return _upright(image, name or shown, shown, notes)
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -1121,10 +1134,15 @@ def _open(path: str, shown: str, notes: _Notes, name: str = "") -> Image.Image:
         raise InputError(
             f"{shown} is {'damaged: only its first bytes are those of a picture' if _signed(path) else kind}"
         ) from error
-    except OSError as error:
-        raise InputError(f"{shown} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged header can raise anything
-        raise InputError(f"{shown} is damaged: its header cannot be read ({error})") from error
+    except Exception as error:  # what the readers raise on damaged headers is of every type
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"{shown} cannot be read: {error.strerror}") from error
+        raise InputError(_damaged(shown, error)) from error
+
+
+def _damaged(shown: str, error: Exception) -> str:
+    cut_off = "truncated" in str(error).lower() or isinstance(error, EOFError)
+    return f"{shown} is {'cut off' if cut_off else 'damaged'} and cannot be read to its end ({error})"
 
 
 @contextlib.contextmanager
@@ -1165,13 +1183,11 @@ def _upright(image: Image.Image, name: str, shown: str, notes: _Notes) -> Image.
                 position = image.tell()
                 notes.add(f"the first {of}" if position == 0 else f"number {position + 1}, a {of}", name)
             image.load()
-        except Exception as error:  # what the decoders raise on damaged files is of every type
-            cut = "truncated" in str(error) or isinstance(error, EOFError)
-            kind = "cut off" if cut else "damaged"
-            raise InputError(f"{shown} is {kind} and cannot be read to its end ({error})") from error
+        except Exception as error:  # so it is with their pixels
+            raise InputError(_damaged(shown, error)) from error
         try:
             image = ImageOps.exif_transpose(image)
-        except Exception:  # the same holds for damaged EXIF data, but the picture is there
+        except Exception:  # and with their EXIF data, but the picture is there
             notes.add("its EXIF data cannot be read, so it is not rotated", name)
             image = image.copy()
         try:
