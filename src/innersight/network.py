@@ -84,6 +84,14 @@ class Network:
         self._geometry: dict[int, list] = {}
         self._cam_layers: dict[int, str] = {}
 
+    def _with_module(self, module: torch.nn.Module) -> Network:
+        """The same network with another module in its place."""
+        opened = Opened(
+            module, self.name, self.input_shape, self.preprocess, self.labels, list(self.notes),
+            self.engine.call, self.engine.fixed_batch,
+        )  # fmt: skip
+        return Network(opened, output=self._output)
+
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.input_shape)) if self.input_shape else "any"
         classes = f", {len(self.labels)} classes" if self.labels else ""
@@ -206,8 +214,15 @@ class Network:
     def _classes(self) -> targets.Classes:
         return targets.Classes(self.labels)
 
-    def _provenance(self, inputs: images.Inputs, method: str | None = None, layer: Any = None, target: Any = None,
-                    options: Mapping[str, Any] | None = None, notes: Sequence[str] = ()) -> results.Provenance:  # fmt: skip
+    def _provenance(
+        self,
+        inputs: images.Inputs,
+        method: str | None = None,
+        layer: Any = None,
+        target: Any = None,
+        options: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
+    ) -> results.Provenance:
         return results.Provenance(
             network=self.name, method=method, layer=layer, target=target, options=dict(options or {}), seed=0,
             notes=tuple(dict.fromkeys([*self.notes, *inputs.notes, *notes])),
@@ -222,11 +237,30 @@ class Network:
         images: a path, folder, glob, PIL image or array, a list of them, a float batch `(N, C, H, W)`, or a loader.
         """
         inputs = self._read(images)
-        rows = [self._main(p.output).detach().float().cpu() for p in self._passes(inputs.tensor, Request())]
-        logits = torch.cat(rows).numpy()
+        rows = [self._answer(p.output) for p in self._passes(inputs.tensor, Request())]
+        width = max(r.shape[1] for r in rows)  # a detector's classes are as many as it found
+        logits = torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[1])) for r in rows]).numpy()
         return results.Predictions(
-            logits=logits, labels=self.labels, pictures=inputs.pictures, provenance=self._provenance(inputs)
-        )
+            logits=logits, labels=self.labels, pictures=inputs.pictures, kind=self._kind(inputs.tensor),
+            provenance=self._provenance(inputs),
+        )  # fmt: skip
+
+    def _answer(self, output: Any) -> torch.Tensor:
+        """(n, K): a score for each class, on the CPU."""
+        if targets.is_detection(output):
+            return targets.detected_classes(output, len(self.labels) if self.labels else None)
+        return targets.class_scores(self._main(output)).detach().float().cpu()
+
+    def _kind(self, x: torch.Tensor) -> str:
+        """Whether the network answers with probabilities: its own last operation makes them, or it detects."""
+        recording = self.engine.recording(x)
+        for ref in recording.outputs[:1]:
+            node = recording.nodes[ref.node]
+            while node.kind in ("view", "copy") and node.inputs:
+                node = recording.nodes[node.inputs[0]]
+            if node.op in ("softmax", "sigmoid", "hardsigmoid"):
+                return "probabilities"
+        return "probabilities" if any(note.startswith("detections") for note in self.notes) else "logits"
 
     def maps(self, images: Any, layers: str | Sequence[str] | None = None) -> results.FeatureMaps:
         """The feature maps of `layers` (default: every layer that has some), `(N, C, H, W)` arrays by name.
@@ -251,8 +285,8 @@ class Network:
         notes = [f"{name}: {layer.grid_note}" for name, layer in chosen.items() if layer.grid_note]
         return results.FeatureMaps(
             {name: np.concatenate(part) if len(part) > 1 else part[0] for name, part in parts.items()},
-            inputs.pictures, {name: _info(layer) for name, layer in chosen.items()},
-            self._provenance(inputs, layer=list(chosen), notes=notes),
+            inputs.pictures, {name: layer.to_json() for name, layer in chosen.items()},
+            self._provenance(inputs, layer=tuple(chosen), notes=notes),
         )  # fmt: skip
 
     def _refuse_too_much(self, chosen: Mapping[str, Layer], count: int) -> None:
@@ -260,8 +294,8 @@ class Network:
         free = free_memory("cpu")
         if need > 0.8 * free:
             raise errors.InputError(
-                f"the maps of {len(chosen)} layers for {count} images take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB "
-                "are free: ask for fewer layers (layers=) or fewer images"
+                f"the maps of {len(chosen)} layers for {count} images take {need / 2**30:.1f} GiB and only "
+                f"{free / 2**30:.1f} GiB are free: ask for fewer layers (layers=) or fewer images"
             )
 
     def explain(
@@ -305,11 +339,11 @@ class Network:
             values, texts, scores, grid = found[m.name]
             own = {k: v for k, v in options.items() if k in m.options}
             saliencies[m.name] = results.Saliency(
-                values=values, pictures=inputs.pictures, signed=bool(own.get("channels")) or m.signed or not own.get("relu", True),
+                values=values, pictures=inputs.pictures, signed=m.signed or bool((values < 0).any()),
                 targets=texts, verdict=_verdict(values, scores), grid=grid,
                 provenance=self._provenance(
                     inputs, m.name, chosen.name if chosen and "layer" in m.needs else None,
-                    texts if target is None else str(target), own, notes if "layer" in m.needs else (),
+                    _said(target, texts), own, notes if "layer" in m.needs else (),
                 ),
             )  # fmt: skip
         return saliencies if several else saliencies[methods[0].name]
@@ -421,9 +455,7 @@ class Network:
                     return name
         return candidates[-1]
 
-    def sensitivity(
-        self, images: Any, layer: str, target: Any = None, channels: Sequence[int] | None = None
-    ) -> results.Sensitivity:
+    def sensitivity(self, images: Any, layer: str, target: Any = None) -> results.Sensitivity:
         """The exact change of the target's score when each channel of `layer` is removed (set to zero).
 
         `values[n, c]` is the score of image n without channel c minus the score with it: negative where the channel
@@ -439,12 +471,7 @@ class Network:
             raise errors.Unsupported(f"layer {layer!r} has no channels")
         axis = self._channel_axis(chosen)
         count = chosen.node.shape[axis]
-        picked = list(range(count)) if channels is None else [int(c) for c in channels]
-        if bad := [c for c in picked if not 0 <= c < count]:
-            raise errors.UnknownName(
-                f"no channel {bad[0]} in layer {layer!r}; it has {count}, numbered 0 to {count - 1}"
-            )
-        values = np.zeros((len(x), len(picked)), dtype=np.float32)
+        values = np.zeros((len(x), count), dtype=np.float32)
         base = np.zeros(len(x), dtype=np.float32)
         texts: list[str] = []
         skips = True
@@ -469,16 +496,16 @@ class Network:
                 base[i] = float(scores(clean)[0])
                 room = (self.engine.budget or free_memory(x.device) // 4) / max(replay.image_bytes(), 1)
                 step = int(max(1, min(room, 32 if x.device.type == "cpu" else 256)))
-                for start in range(0, len(picked), step):
-                    part = picked[start : start + step]
+                for start in range(0, count, step):
+                    part = range(start, min(start + step, count))
                     without = clean.expand(len(part), *clean.shape[1:]).clone()
                     for row, channel in enumerate(part):
                         without[row].select(axis - 1, channel).zero_()
                     values[i, start : start + len(part)] = (scores(without).cpu() - base[i]).numpy()
         note = () if skips else (f"{self.name} cannot be run from the middle, so each removal was a whole run",)
         return results.Sensitivity(
-            values=values, layer=layer, channels=picked, scores=base, targets=texts, pictures=inputs.pictures,
-            provenance=self._provenance(inputs, "sensitivity", layer, texts if target is None else str(target), notes=note),
+            values=values, layer=layer, scores=base, targets=texts, pictures=inputs.pictures,
+            provenance=self._provenance(inputs, "sensitivity", layer, _said(target, texts), notes=note),
         )  # fmt: skip
 
     def _channel_axis(self, layer: Layer) -> int:
@@ -492,11 +519,9 @@ def _numpy(value: torch.Tensor) -> np.ndarray:
     return value.detach().float().cpu().contiguous().numpy()
 
 
-def _info(layer: Layer) -> Any:
-    return results.LayerInfo(
-        name=layer.name, kind=layer.kind, shape=layer.shape, grid_note=layer.grid_note,
-        receptive_field="" if layer.receptive_field is None else str(layer.receptive_field),
-    )  # fmt: skip
+def _said(target: Any, texts: Sequence[str]) -> str:
+    """The target as provenance keeps it."""
+    return "the predicted class" if target is None else ", ".join(dict.fromkeys(texts))
 
 
 def _verdict(values: np.ndarray, scores: np.ndarray) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def is_detection(output: Any) -> bool:
     )
 
 
-def _rows(main: torch.Tensor) -> torch.Tensor:
+def class_scores(main: torch.Tensor) -> torch.Tensor:
     """(n, K) class scores; dense outputs `(n, K, H, W)` (segmentation) are averaged where the class is predicted."""
     if main.dim() == 1:
         return main[:, None]
@@ -177,13 +177,22 @@ def _rows(main: torch.Tensor) -> torch.Tensor:
     )
 
 
+def detected_classes(output: Sequence[Mapping[str, torch.Tensor]], count: int | None = None) -> torch.Tensor:
+    """(n, K): for each class the score of the best object of it that was detected, 0 where there is none."""
+    highest = max((int(d["labels"].max()) for d in output if d["labels"].numel()), default=0)
+    rows = torch.zeros(len(output), max(count or 0, highest + 1))
+    for row, found in zip(rows, output, strict=True):
+        row.scatter_reduce_(0, found["labels"].cpu(), found["scores"].detach().float().cpu(), "amax")
+    return rows
+
+
 def winner(main: torch.Tensor) -> torch.Tensor:
     """The predicted class of each image: the largest score, or the class that covers most of a segmentation."""
     main = main.detach()
     if main.dim() == 4:
         counts = torch.nn.functional.one_hot(main.argmax(1), main.shape[1]).flatten(1, 2).sum(1)
         return counts.argmax(1)
-    return _rows(main).argmax(1)
+    return class_scores(main).argmax(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +242,7 @@ def _indices(items: Sequence[Any], classes: Classes, main: torch.Tensor, part: S
 
 def _class(items: Sequence[Any], classes: Classes) -> Target:
     def score(_raw: Any, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
-        return _rows(main).gather(1, _indices(items, classes, main, part)[:, None])[:, 0]
+        return class_scores(main).gather(1, _indices(items, classes, main, part)[:, None])[:, 0]
 
     def texts(main: torch.Tensor, part: Sequence[int]) -> list[str]:
         return [classes.name(int(i)) for i in _indices(items, classes, main, part)]
@@ -265,7 +274,7 @@ def probability(of: Any = None) -> _Deferred:
     def build(count: int, classes: Classes) -> Target:
         inner = resolve(of, count, classes)
         return Target(
-            lambda raw, main, part: inner.score(raw, _rows(main).softmax(1), part),
+            lambda raw, main, part: inner.score(raw, class_scores(main).softmax(1), part),
             lambda main, part: [f"probability of {t}" for t in inner.texts(main, part)],
         )
 
