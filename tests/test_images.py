@@ -599,7 +599,7 @@ def test_missing_files_folders_and_globs(tmp_path):
     ("images", "message"),
     [
         (None, "None is not a picture"),
-        (3, "a int is not a picture"),
+        (3, "an int is not a picture"),
         (b"abc", "a bytes is not a picture"),
         ([1.0, 2.0], "a float is not a picture"),
         (io.BytesIO(b"abc"), "is not a picture"),
@@ -615,7 +615,7 @@ def test_missing_files_folders_and_globs(tmp_path):
         (np.zeros((2, 3, 4, 5, 3), np.uint8), "a picture is \\(H, W\\) or \\(H, W, 3\\)"),
         (np.zeros((2, 5, 6, 7), np.uint8), "neither axis 1 nor the last one"),
         ({"pixels": 1}, "looked for under"),
-        (object(), "a object is not a picture"),
+        (object(), "an object is not a picture"),
         ((np.zeros((2, 3, 8, 8), np.float32), [1, 2, 3]), "2 pictures and 3 labels"),
     ],
 )

@@ -849,7 +849,7 @@ class _Reader:
             yield from self.floats(array, what, labels)
         else:
             raise InputError(
-                f"{self.next_name()} is {'an' if kind[0] in 'aeiou' else 'a'} {kind} {what} of shape {_shape(shape)}: "
+                f"{self.next_name()} is {_a(kind)} {what} of shape {_shape(shape)}: "
                 f"uint8 (0..255) is read as a picture and float as what the model eats, convert it to one of them"
             )
 
@@ -985,16 +985,18 @@ def _of_mapping(batch: Mapping[Any, Any]) -> tuple[Any, Any]:
 
 def _items(images: Any) -> Iterator[Any]:
     """What an iterable or a data set with `__getitem__` and `__len__` yields; a sentence for anything else."""
-    if isinstance(images, (bytes, bytearray, int, float, complex)) or images is None or hasattr(images, "read"):
-        kind = "None" if images is None else f"a {type(images).__name__}"
-        raise InputError(f"{kind} is not a picture: pass a path, a PIL image, an array, a tensor or a list of them")
-    if hasattr(images, "__iter__"):
-        return iter(images)
-    if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
-        return (images[i] for i in range(len(images)))
-    raise InputError(
-        f"a {type(images).__name__} is not a picture: pass a path, a PIL image, an array, a tensor or a list of them"
-    )
+    scalar = images is None or isinstance(images, (bytes, bytearray, int, float, complex))
+    if not scalar and not hasattr(images, "read"):  # an open file would yield its lines
+        if hasattr(images, "__iter__"):
+            return iter(images)
+        if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
+            return (images[i] for i in range(len(images)))
+    kind = "None" if images is None else _a(type(images).__name__)
+    raise InputError(f"{kind} is not a picture: pass a path, a PIL image, an array, a tensor or a list of them")
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0].lower() in "aeio" else f"a {noun}"
 
 
 def _with_labels(item: Sequence[Any]) -> tuple[Any, Any] | None:
