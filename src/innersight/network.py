@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -56,7 +55,7 @@ def open(
         source, arch=arch, weights=weights, labels=labels, input_shape=input_shape, preprocess=preprocess,
         device=device, trust=trust,
     )  # fmt: skip
-    return Network(opened, output=output, device=device)
+    return Network(opened, output=output)
 
 
 class Network:
@@ -66,7 +65,7 @@ class Network:
     notes: what was chosen for you, a sentence each, with the keyword that changes it
     """
 
-    def __init__(self, opened: Opened, output: str | int | None = None, device: Any = None):
+    def __init__(self, opened: Opened, output: str | int | None = None):
         self.name = opened.name
         self.input_shape = None if opened.input_shape is None else tuple(opened.input_shape)
         self.preprocess = opened.preprocess
@@ -74,11 +73,9 @@ class Network:
         self.notes = list(opened.notes)
         self.module = opened.module
         self._output = output
-        if device is not None and any(p.device != torch.device(device) for p in self.module.parameters()):
-            self.module = copy.deepcopy(self.module).to(device)  # the model itself stays where it is
         self.engine = Engine(self.module, call=opened.call, fixed_batch=opened.fixed_batch)
         parameter = next((p for p in self.module.parameters() if p.is_floating_point()), None)
-        self.device = parameter.device if parameter is not None else torch.device(device or "cpu")
+        self.device = parameter.device if parameter is not None else torch.device("cpu")
         self._dtype = parameter.dtype if parameter is not None else torch.float32
         self._layers: dict[tuple[int, ...], Layers] = {}
         self._geometry: dict[int, list] = {}
