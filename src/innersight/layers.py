@@ -58,15 +58,7 @@ class Layer:
             "grid": None if self.grid is None else list(self.grid),
             "grid_note": self.grid_note or None,
             "parameters": self.parameters,
-            "receptive_field": None
-            if f is None
-            else {
-                "size": [float(s) for s in f.size],
-                "stride": [float(s) for s in f.stride],
-                "centre": [float(s) for s in f.centre],
-                "exact": f.exact,
-                "whole": f.whole,
-            },
+            "receptive_field": None if f is None else f.to_json(),
         }
 
 

@@ -140,7 +140,9 @@ class Network:
     def _layer(self, recording: Recording, node: Node) -> Layer:
         found = self._geometry_of(recording)[node.index]
         layout = found.layout if found is not None else None
-        grid = layout.grid_shape(node.shape) if layout is not None and layout.spatial else None
+        grid = None
+        if layout is not None and layout.spatial:
+            grid = tuple(layout.to_grid(torch.empty(node.shape, device="meta")).shape[1:])
         return Layer(
             name=node.name,
             kind=node.module or node.op,
@@ -148,7 +150,7 @@ class Network:
             grid=grid,
             grid_note=layout.note if layout is not None else "",
             parameters=node.parameters,
-            receptive_field=found.field if found is not None else None,
+            receptive_field=found.receptive_field if found is not None else None,
             node=node,
             layout=layout,
             _effective=self._effective_field,
@@ -507,9 +509,8 @@ class Network:
 
     def _channel_axis(self, layer: Layer) -> int:
         """Which dimension of the layer's own value holds its channels."""
-        if layer.layout is not None and "c" in layer.layout.dims:
-            return layer.layout.dims.index("c")
-        return len(layer.node.shape) - 1
+        channel = None if layer.layout is None else layer.layout.channel
+        return len(layer.node.shape) - 1 if channel is None else channel
 
 
 def _numpy(value: torch.Tensor) -> np.ndarray:
