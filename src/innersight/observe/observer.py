@@ -66,6 +66,7 @@ class Node:
     position: int
     parameters: int = 0
     partial: bool = False  # written into part of what another live tensor holds
+    slot: int | None = None  # opaque: which tensor of the call at `position`, the first to read it (None: not yet read)
     name: str = ""
     owner: str = ""  # the torch.nn leaf module that returned this value, if one did
     module: str = ""  # that module's class
@@ -80,7 +81,7 @@ class Call:
     """One torch call of the run, watched or not: what a second run must do again at this position."""
 
     func: Callable
-    parameters: tuple[tuple[int, int], ...] = ()  # (argument slot, id): two experts may run the same operations
+    held: tuple[tuple[int | str, int], ...] = ()  # (argument, id) of weights: two experts may run the same operations
     node: int | None = None
     writes: bool = False
     grad_mode: bool = False
@@ -97,6 +98,7 @@ class Recording:
     outputs: tuple[Ref, ...]
     batch: int
     by_name: dict[str, Node] = field(default_factory=dict)
+    gaps: bool = False  # tensors turned up that no operation was seen to make, so `inputs` of nodes may lack some
 
     @property
     def layers(self) -> list[Node]:
@@ -112,7 +114,7 @@ class Recording:
             if node.index in upstream:
                 upstream.update(node.inputs)
         # A node is on every path if as many paths lead through it as there are at all (exact: Python's integers).
-        before = {i: 1 for i in self.inputs}
+        before = dict.fromkeys(self.inputs, 1)
         behind = dict.fromkeys(upstream, 0) | {last: 1}
         for node in self.nodes[: last + 1]:
             if node.index in upstream and node.inputs:
@@ -144,9 +146,9 @@ class Recording:
 _QUIET = frozenset(
     "size dim ndimension numel nelement is_contiguous is_floating_point is_complex stride storage_offset element_size "
     "get_device data_ptr untyped_storage storage requires_grad_ retain_grad register_hook share_memory_ is_pinned "
-    "_assert _assert_async __len__ __repr__ __format__ __hash__ __contains__ sym_size sym_numel sym_stride is_tensor "
-    "_has_compatible_shallow_copy_type is_same_size result_type can_cast is_nonzero is_grad_enabled _set_grad_enabled "
-    "set_grad_enabled _assert_tensor_metadata check_uniform_bounds isinstance_check".split()
+    "_assert _assert_async __len__ __repr__ __format__ __hash__ sym_size sym_numel sym_stride is_tensor "
+    "_has_compatible_shallow_copy_type is_same_size result_type can_cast is_grad_enabled _set_grad_enabled "
+    "set_grad_enabled _assert_tensor_metadata".split()
 )
 _GRAD_MODE = frozenset({"_set_grad_enabled", "set_grad_enabled"})
 # Made from a tensor's shape alone: what they return does not descend from the picture.
@@ -290,13 +292,14 @@ def call_as(path: str, fn: Callable, *args: Any, leaf: bool = True, **kwargs: An
     learner: _Learner | None = getattr(_learning, "learner", None)
     if learner is None:
         return fn(*args, **kwargs)
-    entered = learner.enter(path)
+    entered = [(watching, watching.enter(path)) for watching in learner.and_outer()]
     out = None
     try:
         out = fn(*args, **kwargs)
         return out
     finally:
-        learner.leave(entered, out, leaf=path if leaf else "", kind="")
+        for watching, depth in entered:
+            watching.leave(depth, out, leaf=path if leaf else "", kind="")
 
 
 class _Learner(TorchFunctionMode):
@@ -304,6 +307,8 @@ class _Learner(TorchFunctionMode):
 
     def __init__(self, module: nn.Module):
         super().__init__()
+        self.thread = threading.get_ident()
+        self.outer: _Learner | None = getattr(_learning, "learner", None)
         self.paths: dict[int, list[str]] = {}
         for path, m in module.named_modules(remove_duplicate=False):
             self.paths.setdefault(id(m), []).append(path)
@@ -314,8 +319,17 @@ class _Learner(TorchFunctionMode):
         self.marks: dict[int, tuple[weakref.ref, tuple[Ref, ...]]] = {}
         self.sharing: dict[int, list[weakref.ref]] = {}
         self.constants = {id(t) for m in module.modules() for t in _tensors_held(m)}
+        self.weights = {id(t) for m in module.modules() for t in _weights_of(m)}
+        self.unplaced: set[int] = set()  # opaque nodes that nothing has read yet
+        self.gaps = False
         self.batch = 0
         self.check: Callable[[Node, torch.Tensor], None] | None = None
+
+    def and_outer(self) -> Iterator[_Learner]:
+        """This one and those around it, where a run is learnt inside another."""
+        yield self
+        if self.outer is not None:
+            yield from self.outer.and_outer()
 
     # -- who descends from the input
 
@@ -356,18 +370,18 @@ class _Learner(TorchFunctionMode):
         del self.scope[depth - 1 :]
         tensor = first_tensor(output)
         refs = self.refs(tensor) if tensor is not None else None
-        if refs:
+        if refs and refs[-1].output == 0:  # what an operation returned besides cannot be read under its name
             node = self.nodes[refs[-1].node]
             self.aliases.setdefault(path, []).append(node.index)
             if leaf and node.index >= first and node.path == path and node.kind != "input":
                 node.owner, node.module = leaf, kind
 
     def before(self, module: nn.Module, _args: Any) -> None:
-        if getattr(_learning, "learner", None) is self and (paths := self.paths.get(id(module))) and paths[0]:
+        if threading.get_ident() == self.thread and (paths := self.paths.get(id(module))) and paths[0]:
             self.enter(paths[0])
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if getattr(_learning, "learner", None) is not self:
+        if threading.get_ident() != self.thread:
             return
         paths = self.paths.get(id(module))
         if not paths or not paths[0]:
@@ -378,7 +392,8 @@ class _Learner(TorchFunctionMode):
         if depth == 1:
             return
         if isinstance(module, torch.jit.ScriptModule):
-            self.opaque(args, output)
+            with torch._C.DisableTorchFunction():
+                self.opaque(args, output)
         leaf = type(module).__module__.startswith("torch.nn.modules") and next(module.children(), None) is None
         self.leave(depth, output, paths[0] if leaf else "", type(module).__name__ if leaf else "")
         for other in paths[1:]:  # the same module under a second name
@@ -390,9 +405,23 @@ class _Learner(TorchFunctionMode):
         outs = [t for t in tensors_in(output) if t.is_floating_point() and self.refs(t) is None]
         inputs = tuple(dict.fromkeys(r.node for t in tensors_in(args) for r in self.refs(t) or ()))
         if outs and inputs:
-            node = self.add("opaque", "opaque", inputs, (), {}, outs, False, len(self.calls))
-            for k, t in enumerate(outs):
-                self.mark(t, (Ref(node.index, k),))
+            self.add_opaque(inputs, outs)
+
+    def add_opaque(self, inputs: tuple[int, ...], outs: list[torch.Tensor]) -> tuple[Ref, ...]:
+        node = self.add("opaque", "opaque", inputs, (), {}, outs, False, len(self.calls))
+        self.unplaced.add(node.index)
+        for k, t in enumerate(outs):
+            self.mark(t, (Ref(node.index, k),))
+        if self.check is not None:
+            self.check(node, outs[0])
+        return (Ref(node.index),)
+
+    def place(self, refs: tuple[Ref, ...], position: int, slot: int) -> None:
+        """No call made an opaque value: it will be found again as this tensor of the call that first reads it."""
+        for ref in refs:
+            if ref.output == 0 and ref.node in self.unplaced:
+                self.unplaced.discard(ref.node)
+                self.nodes[ref.node].position, self.nodes[ref.node].slot = position, slot
 
     # -- operations
 
@@ -408,35 +437,42 @@ class _Learner(TorchFunctionMode):
             return func(*args, **kwargs)
         target = written(name, args, kwargs)
         call.writes = target is not None or (name == "batch_norm" and _updates_statistics(args, kwargs))
-        call.parameters = tuple((slot, id(a)) for slot, a in enumerate(args) if isinstance(a, nn.Parameter))
-        read = self.reads(args, kwargs, position)
-        out = func(*args, **kwargs)
+        given = (*enumerate(args), *kwargs.items())
+        call.held = tuple((where, id(a)) for where, a in given if id(a) in self.weights)
         with torch._C.DisableTorchFunction():  # an outer observer has no business with our own calls
+            read = self.reads(args, kwargs, position)
+        out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
             self.note(call, name, func, args, kwargs, read, target, out, position)
         return out
 
     def reads(self, args: tuple, kwargs: dict, position: int) -> list[Ref]:
         found: dict[Ref, None] = {}
-        for t in tensors_in((args, kwargs)):
+        for slot, t in enumerate(tensors_in((args, kwargs))):
             refs = self.refs(t)
-            if refs is None and self.unseen(t):
-                node = self.add("opaque", "opaque", (), (), {}, [t], False, position)
-                refs = (Ref(node.index),)
-                self.mark(t, refs)
-            found.update(dict.fromkeys(refs or ()))
+            if refs is None:
+                refs = self.origin(t)
+            if self.unplaced:
+                self.place(refs, position, slot)
+            found.update(dict.fromkeys(refs))
         return list(found)
+
+    def origin(self, t: torch.Tensor) -> tuple[Ref, ...]:
+        """What a tensor that turned up unannounced descends from, as far as can be told."""
+        if id(t) in self.constants or isinstance(t, nn.Parameter):
+            return ()
+        self.gaps = True
+        return self.add_opaque((), [t]) if self.unseen(t) else ()
 
     def unseen(self, t: torch.Tensor) -> bool:
         """Made of the picture where no operation was seen: by a scripted function, or below Python."""
-        return (
-            t.is_floating_point() and t.dim() >= 2 and t.shape[0] == self.batch
-            and not isinstance(t, nn.Parameter) and id(t) not in self.constants
-        )  # fmt: skip
+        return t.is_floating_point() and t.dim() >= 2 and t.shape[0] == self.batch and not _inside_transform(t)
 
     def note(self, call: Call, name: str, func: Callable, args: tuple, kwargs: dict, read: list[Ref],
              target: torch.Tensor | None, out: Any, position: int) -> None:  # fmt: skip
         outs = [target] if target is not None else list(tensors_in(out))
-        if not read or name.endswith(_FACTORIES[0]) or name.startswith(_FACTORIES[1]):
+        made_of_shape = name.endswith(_FACTORIES[0]) or name.startswith(_FACTORIES[1])
+        if not read or made_of_shape or any(_inside_transform(t) for t in outs):
             for t in outs:
                 if target is None or self.refs(t) is None:
                     self.mark(t, ())
@@ -489,21 +525,42 @@ class _Learner(TorchFunctionMode):
         return value
 
     def finish(self, inputs: list[int], output: Any) -> Recording:
+        outputs: list[Ref] = []
+        for slot, t in enumerate(tensors_in(output)):
+            refs = self.refs(t)
+            if refs is None:
+                refs = self.origin(t)
+            self.place(refs, len(self.calls), slot)
+            outputs += refs[-1:]
+        self.name_nodes()
+        by_name = {node.name: node for node in self.nodes}
+        return Recording(self.calls, self.nodes, self.aliases, inputs, tuple(outputs), self.batch, by_name, self.gaps)
+
+    def name_nodes(self) -> None:
         used: dict[str, int] = {}
-        by_name: dict[str, Node] = {}
+        taken: set[str] = set()
         for node in self.nodes:
             stem = node.owner or (f"{node.path}.{node.op}" if node.path else node.op)
             name, number = stem, used.get(stem, 0)
             if number:
                 name = f"{stem}_{number}"
             used[stem] = number + 1
-            while name in by_name:  # a module may be called `relu_1` as well
+            while name in taken:  # a module may be called `relu_1` as well
                 name = f"{stem}_{used[stem]}"
                 used[stem] += 1
             node.name = name
-            by_name[name] = node
-        outputs = tuple(refs[-1] for t in tensors_in(output) if (refs := self.refs(t)))
-        return Recording(self.calls, self.nodes, self.aliases, inputs, outputs, self.batch, by_name)
+            taken.add(name)
+
+
+def _inside_transform(t: torch.Tensor) -> bool:
+    """Whether this is one of functorch's stand-ins, which mean nothing outside their `vmap` or `grad`."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def _weights_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    if not isinstance(module, torch.jit.ScriptModule):  # which makes new objects of its weights each time
+        yield from module.parameters(recurse=False)
+        yield from module.buffers(recurse=False)
 
 
 def _tensors_held(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -536,17 +593,18 @@ def learn(
     learner.check = check
     before = nn.modules.module.register_module_forward_pre_hook(learner.before)
     after = nn.modules.module.register_module_forward_hook(learner.after, always_call=True)
-    outer = getattr(_learning, "learner", None)
     _learning.learner = learner
     try:
         with torch.set_grad_enabled(grad):  # clones: the model may write into what it is given
-            own = [t.detach().requires_grad_(grad and t.is_floating_point()).clone() for t in inputs]
+            plain = [t.clone() if t.is_inference() else t.detach() for t in inputs]
+            own = [t.requires_grad_(grad and t.is_floating_point()).clone() for t in plain]
         nodes = [learner.add_input(t) for t in own]
         with torch.set_grad_enabled(grad), learner:
             output = call(module, *own) if call else module(*own)
-        return learner.finish(nodes, output)
+        with torch._C.DisableTorchFunction():
+            return learner.finish(nodes, output)
     finally:
-        _learning.learner = outer
+        _learning.learner = learner.outer
         before.remove()
         after.remove()
 
@@ -561,6 +619,10 @@ class Diverged(BaseException):
 
 class _Stop(BaseException):
     """Everything that was asked for has been seen."""
+
+
+class CannotCut(BaseException):
+    """The gradient of this node needs a graph that begins at the input: the value is a view or was made unseen."""
 
 
 @dataclass
@@ -590,12 +652,17 @@ class _Leaf(torch.autograd.Function):
         return None, gradients[0]
 
 
+_ENDS = (_Stop, Diverged, CannotCut)
+
+
 class Runner(TorchFunctionMode):
     """Runs a learnt model again and does what the taps say.
 
     taps:  {node index: Tap}
     stop:  end the run when the last tap has been served
     cut:   call position up to which nothing is recorded for autograd; default the earliest gradient tap
+
+    Raises `Diverged`, or `CannotCut`, out of the run; and again at every later call, if the model catches even those.
     """
 
     def __init__(self, recording: Recording, taps: Mapping[int, Tap], stop: bool = False, cut: int | None = None):
@@ -604,10 +671,17 @@ class Runner(TorchFunctionMode):
         self.calls = recording.calls
         self.length = len(self.calls)
         self.position = 0
-        self.taps = {recording.nodes[n].position: (recording.nodes[n], tap) for n, tap in taps.items()}
-        self.last = max(self.taps, default=-1) if stop else self.length
-        gradients = [p for p, (_, tap) in self.taps.items() if tap.gradient]
+        wanted = [(recording.nodes[n], tap) for n, tap in taps.items()]
+        self.taps = {node.position: (node, tap) for node, tap in wanted if node.slot is None}
+        self.arrivals: dict[int, list[tuple[Node, Tap]]] = {}  # opaque values: read where they are first used
+        for node, tap in wanted:
+            if node.slot is not None:
+                self.arrivals.setdefault(node.position, []).append((node, tap))
+        self.last = max((*self.taps, *self.arrivals), default=-1) if stop else self.length
+        self.ended: BaseException | None = None
+        gradients = [node.position for node, tap in wanted if tap.gradient]
         self.cut = min(gradients, default=-1) if cut is None else cut
+        self.whole = cut is not None  # the graph begins at the input, not at the earliest gradient tap
         self.values: dict[int, Any] = {}
         self.edges: dict[int, Any] = {}
         self.live: dict[int, torch.Tensor] = {}
@@ -616,23 +690,38 @@ class Runner(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.ended is not None:
+            raise self.ended
         if func is _ATTENTION:
             return _run_attention_under(self, args, kwargs)
         position = self.position
         self.position = position + 1
+        try:
+            call = self._expected(position, func, args, kwargs)
+            if position in self.arrivals:
+                self.arrive(position, (args, kwargs))
+                if position >= self.last:
+                    raise _Stop
+            if position in self.taps:
+                return self._tapped(position, call, func, args, kwargs)
+        except (*_ENDS, errors.InnersightError) as ended:
+            self.ended = ended
+            raise
+        if call.writes and self._kept:
+            self._protect(func, args, kwargs)
+        return self._run(position, call, func, args, kwargs)
+
+    def _expected(self, position: int, func: Callable, args: tuple, kwargs: dict) -> Call:
         if position >= self.length:
             raise Diverged
         call = self.calls[position]
         if func is not call.func and func != call.func:
             raise Diverged
-        for slot, key in call.parameters:
-            if slot >= len(args) or id(args[slot]) != key:
+        for where, key in call.held:
+            given = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
+            if id(given) != key:
                 raise Diverged
-        if position in self.taps:
-            return self._tapped(position, call, func, args, kwargs)
-        if call.writes and self._kept:
-            self._protect(func, args, kwargs)
-        return self._run(position, call, func, args, kwargs)
+        return call
 
     def _run(self, position: int, call: Call, func: Callable, args: tuple, kwargs: dict) -> Any:
         # Grad mode is switched around the single call: left off, it would override the model's own no_grad.
@@ -644,14 +733,21 @@ class Runner(TorchFunctionMode):
         finally:
             torch._C._set_grad_enabled(True)
 
+    def arrive(self, position: int, given: Any) -> None:
+        """Serve the opaque values that the call at this position is the first to read."""
+        tensors = list(tensors_in(given))
+        for node, tap in self.arrivals[position]:
+            assert node.slot is not None
+            if node.slot >= len(tensors) or tensors[node.slot].shape[1:] != node.shape[1:]:
+                raise Diverged
+            if tap.change is not None:
+                raise errors.Unsupported(
+                    f"layer {node.name!r} was made by code that cannot be watched, so it can be read but not changed"
+                )
+            self._serve(node, tap, tensors[node.slot])
+
     def _tapped(self, position: int, call: Call, func: Callable, args: tuple, kwargs: dict) -> Any:
         node, tap = self.taps[position]
-        if node.kind == "opaque":  # no call made it: it is read where it is first used
-            seen = next(t for t in tensors_in((args, kwargs)) if tuple(t.shape[1:]) == node.shape[1:])
-            self._serve(node, tap, seen)
-            if position >= self.last:
-                raise _Stop
-            return self._run(position, call, func, args, kwargs)
         if call.writes and self._kept:
             self._protect(func, args, kwargs)
         out = self._run(position, call, func, args, kwargs)
@@ -667,6 +763,10 @@ class Runner(TorchFunctionMode):
         return new if out is None else with_first(out, new)
 
     def _serve(self, node: Node, tap: Tap, value: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunction():  # an outer observer, or this one, has no business with our own calls
+            return self._served(node, tap, value)
+
+    def _served(self, node: Node, tap: Tap, value: torch.Tensor) -> torch.Tensor:
         if tap.change is not None:
             new = tap.change(value)
             if node.inplace:
@@ -695,17 +795,23 @@ class Runner(TorchFunctionMode):
             # The edge stays at this value whatever is written in place behind it; retain_grad would move along.
             self.edges[node.index] = torch.autograd.graph.get_gradient_edge(value)
             return value
+        replaced = value._is_view()  # a view cannot be made a leaf where it lies
+        if (replaced or node.slot is not None) and not self.whole:
+            raise CannotCut
+        if value.is_inference() or node.slot is not None or (replaced and node.inplace):
+            raise errors.Unsupported(
+                f"the network computes {node.name!r} without recording a graph (no_grad, inference_mode or scripted "
+                "code), so no gradient can be taken there; take a layer before or behind it"
+            )
         with torch.enable_grad():
-            if node.kind == "opaque" or value._is_view():
-                if node.inplace or node.kind == "opaque":
-                    raise errors.Unsupported(
-                        f"the gradient at {node.name!r} cannot be taken alone; take a layer before or behind it"
-                    )
+            if replaced:
                 leaf = value.detach().requires_grad_()
                 value = leaf.clone()  # a leaf itself may not be written in place
             else:
                 leaf = torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape).requires_grad_()
                 value = _Leaf.apply(value, leaf)
+                for index in self._kept.get(storage_key(value) or -1, ()):  # it counted as a write, and was none
+                    self._versions[index] = version(self.values[index])
         self.edges[node.index] = leaf
         return value
 
@@ -714,9 +820,10 @@ class Runner(TorchFunctionMode):
         target = written(raw_name(func), args, kwargs)
         if target is None:
             return
-        for index in self._kept.pop(storage_key(target) or -1, ()):
-            self.values[index] = self.values[index].clone()
-            self._versions[index] = version(self.values[index])
+        with torch._C.DisableTorchFunction():
+            for index in self._kept.pop(storage_key(target) or -1, ()):
+                self.values[index] = self.values[index].clone()
+                self._versions[index] = version(self.values[index])
 
     def finish(self) -> None:
         """Check that the run was the one that was learnt and that nothing kept was changed unseen."""
@@ -738,7 +845,8 @@ def run(
 ) -> tuple[Any, Runner]:
     """One watched run: the model's output (None if it was stopped early) and the runner with what it kept.
 
-    Raises `Diverged` where the model does other than it did when it was learnt.
+    Raises `Diverged` where the model does other than it did when it was learnt, `CannotCut` where a gradient needs a
+    graph that begins at the input.
     """
     mode = runner(recording, taps, stop, **options)
     if stop and mode.last < 0:
@@ -747,10 +855,17 @@ def run(
     try:
         with mode:
             output = call(module, *inputs) if call else module(*inputs)
-    except _Stop:
-        pass
-    else:
-        if mode.position != mode.length:
-            raise Diverged
-    mode.finish()
+    except (*_ENDS, Exception):
+        if mode.ended is None:
+            raise
+    if isinstance(mode.ended, _Stop):
+        output = None  # the model may have caught it and answered all the same
+    elif mode.ended is not None:
+        raise mode.ended
+    elif mode.position != mode.length:
+        raise Diverged
+    elif mode.length in mode.arrivals:
+        mode.arrive(mode.length, output)
+    with torch._C.DisableTorchFunction():
+        mode.finish()
     return output, mode

@@ -25,6 +25,10 @@ INPUT = "input"
 _CHUNK = {"cpu": 16, "cuda": 128}  # larger batches gain nothing on a CPU and fall out of its caches
 
 
+def _first(output: Any) -> torch.Tensor:
+    return next(observer.tensors_in(output))
+
+
 @dataclass
 class Pass:
     """What one trip brought back.
@@ -56,7 +60,7 @@ class Request:
 
     read: Sequence[str] = ()
     gradients: Sequence[str] = ()
-    score: Callable[[Any], torch.Tensor] = observer.first_tensor
+    score: Callable[[Any], torch.Tensor] = _first
     reduce: Mapping[str, Callable[[torch.Tensor], Any]] = field(default_factory=dict)
     change: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     output: bool = True
@@ -146,7 +150,9 @@ class Engine:
         gradient cannot be taken or the model takes another way each time.
         """
         if request.nothing:
-            return Pass()
+            return Pass(values={INPUT: x} if INPUT in request.read else {})
+        if x.is_inference():
+            x = x.clone()  # outside of inference mode: a tensor that can be differentiated
         grad = bool(request.gradients)
         for attempt in range(3):  # as learnt; learnt anew for this batch; the other way round about gradients
             recording = self.recording(x, grad=grad and attempt != 1, again=attempt > 0)
@@ -154,9 +160,29 @@ class Engine:
                 return self._run(recording, x, request)
             except observer.Diverged:
                 continue
+            except errors.UnknownName:
+                if attempt:  # the layer may be one that only this batch reaches
+                    raise
         raise errors.Unsupported("this model does something else each time it runs, so its layers cannot be told apart")
 
     def _run(self, recording: Recording, x: torch.Tensor, request: Request) -> Pass:
+        """With the graph cut at the earliest gradient, or, where that cannot be, with all of it."""
+        unsuited = ("view", "opaque")  # a leaf cannot stand in their place
+        if INPUT in request.gradients or any(recording.find(g).kind in unsuited for g in request.gradients):
+            return self._once(recording, x, request, whole=True)
+        try:
+            passed = self._once(recording, x, request, whole=False)
+        except observer.CannotCut:
+            return self._once(recording, x, request, whole=True)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error):
+                raise
+            return self._once(recording, x, request, whole=True)  # what is recomputed has to be what was recorded
+        if None in passed.gradients.values() and any(call.grad_mode for call in recording.calls):
+            return self._once(recording, x, request, whole=True)  # a reentrant checkpoint tells itself only then
+        return passed
+
+    def _once(self, recording: Recording, x: torch.Tensor, request: Request, whole: bool) -> Pass:
         nodes = {name: recording.find(name) for name in request.layers}
         taps = {node.index: Tap() for node in nodes.values()}
         for name, node in nodes.items():
@@ -169,12 +195,11 @@ class Engine:
         x, real = self._filled(x)
         batch = x.shape[0]
         guard.seed(self.module)
-        to_input = INPUT in request.gradients
         with torch.set_grad_enabled(bool(request.gradients)):
-            leaf = x.detach().requires_grad_() if to_input else x
+            leaf = x.detach().requires_grad_() if whole else x
             answer, runner = observer.run(
                 self.module, recording, [leaf.clone()], taps,  # a clone: the model may write into what it is given
-                stop=not request.runs_to_the_end, cut=-1 if to_input else None, call=self.call,
+                stop=not request.runs_to_the_end, cut=-1 if whole else None, call=self.call,
             )  # fmt: skip
             values = {name: runner.values[node.index] for name, node in nodes.items() if node.index in runner.values}
             if INPUT in request.read:
@@ -249,7 +274,7 @@ def _differentiate(scores: torch.Tensor, at: list, real: int) -> tuple[torch.Ten
     try:
         return scores.detach()[:real], torch.autograd.grad(scores[:real].sum(), at, allow_unused=True)
     except RuntimeError as error:
-        if "checkpoint" in str(error):
+        if "use_reentrant" in str(error):
             raise errors.Unsupported(
                 "this model uses reentrant checkpointing, which allows no gradient to its input; "
                 "build it with use_reentrant=False or without checkpointing"
