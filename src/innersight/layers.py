@@ -69,7 +69,8 @@ class Layers(Mapping[str, Layer]):
     returned (`layer1`), views and copies (`flatten`).
     """
 
-    def __init__(self, recording: Recording, make: Callable[[Node], Layer]):
+    def __init__(self, recording: Recording, make: Callable[[Node], Layer], parameters: int = 0):
+        self.parameters = parameters  # of the whole network
         self._recording = recording
         self._make = make
         # Box arithmetic of a detector is no layer to look at: its rows are candidates, not images.
@@ -105,8 +106,7 @@ class Layers(Mapping[str, Layer]):
         return [layer.to_json() for layer in self.values()]
 
     def __repr__(self) -> str:
-        total = sum(layer.parameters for layer in self.values())
-        return f"<{len(self)} layers, {len(self.spatial)} of them with maps, {total:,} parameters>"
+        return f"<{len(self)} layers, {len(self.spatial)} of them with maps, {self.parameters:,} parameters>"
 
     def __str__(self) -> str:
         rows = [HEADER, *self.rows()]

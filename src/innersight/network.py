@@ -116,7 +116,8 @@ class Network:
         if key not in self._layers:
             with self.engine.session():
                 recording = self._learn(x)
-            self._layers[key] = Layers(recording, lambda node: self._layer(recording, node))
+            parameters = sum(p.numel() for p in self.module.parameters())
+            self._layers[key] = Layers(recording, lambda node: self._layer(recording, node), parameters)
         return self._layers[key]
 
     def _learn(self, x: torch.Tensor) -> Recording:
