@@ -357,16 +357,16 @@ class Network:
             kind: [names[of] for of in ("input", "layer") if f"{of}.{kind}" in reads] for kind in ("value", "gradient")
         }
         maps: dict[str, list] = {m.name: [] for m in methods}
-        texts: list[str] = []
+        texts: dict[int, str] = {}
         scores: list[torch.Tensor] = []
         start = 0
 
         def score(output: Any) -> torch.Tensor:
             main = self._main(output)
-            part = range(start, start + main.shape[0])
-            part = [min(i, len(x) - 1) for i in part]  # images that only fill up a fixed batch
+            rows = range(start, start + main.shape[0])
+            part = [min(i, len(x) - 1) for i in rows]  # images that only fill up a fixed batch
             value = goal.score(output, main, part)
-            texts.extend(goal.texts(main.detach(), part)[: len(x) - start])
+            texts.update(zip(rows, goal.texts(main.detach(), part), strict=True))
             return value
 
         wanted = Request(read=request["value"], gradients=request["gradient"], score=score)
@@ -387,7 +387,7 @@ class Network:
                 value = torch.nn.functional.interpolate(
                     value[:, None], size=size, mode="bilinear", align_corners=False
                 )[:, 0]
-            found[m.name] = _numpy(value), texts[: len(x)], torch.cat(scores).numpy(), grid
+            found[m.name] = _numpy(value), [texts[i] for i in range(len(x))], torch.cat(scores).numpy(), grid
         return found
 
     def _look(self, passed: Pass, names: Mapping[str, str], layer: Layer | None) -> Look:
@@ -450,8 +450,8 @@ class Network:
 
         for passed in self._passes(one, Request(gradients=candidates, score=score)):
             for name in reversed(candidates):
-                g = passed.gradients[name]
-                if g is not None and bool(self._on_grid(table[name], g).abs().max() > 0):
+                gradient = passed.gradients[name]
+                if gradient is not None and bool(self._on_grid(table[name], gradient).any()):
                     return name
         return candidates[-1]
 
