@@ -622,7 +622,10 @@ class _Stop(BaseException):
 
 
 class CannotCut(BaseException):
-    """The gradient of this node needs a graph that begins at the input: the value is a view or was made unseen."""
+    """The gradient of this node needs a graph that begins at the input.
+
+    The value is a view or was made unseen, or the part it is in will be computed once more, by a checkpoint.
+    """
 
 
 @dataclass
@@ -650,6 +653,11 @@ class _Leaf(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, *gradients: Any) -> Any:
         return None, gradients[0]
+
+
+def _recomputed() -> bool:
+    """Whether what runs now is kept for the backward pass otherwise than by being kept, as in a checkpoint."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 _ENDS = (_Stop, Diverged, CannotCut)
@@ -768,6 +776,8 @@ class Runner(TorchFunctionMode):
 
     def _served(self, node: Node, tap: Tap, value: torch.Tensor) -> torch.Tensor:
         if tap.change is not None:
+            if torch.is_grad_enabled() and _recomputed():
+                raise errors.Unsupported(f"layer {node.name!r} lies in a checkpoint, which would undo a change to it")
             new = tap.change(value)
             if node.inplace:
                 with torch.no_grad():
@@ -796,7 +806,7 @@ class Runner(TorchFunctionMode):
             self.edges[node.index] = torch.autograd.graph.get_gradient_edge(value)
             return value
         replaced = value._is_view()  # a view cannot be made a leaf where it lies
-        if (replaced or node.slot is not None) and not self.whole:
+        if (replaced or node.slot is not None or _recomputed()) and not self.whole:
             raise CannotCut
         if value.is_inference() or node.slot is not None or (replaced and node.inplace):
             raise errors.Unsupported(

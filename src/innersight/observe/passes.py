@@ -153,6 +153,17 @@ class Engine:
             return Pass(values={INPUT: x} if INPUT in request.read else {})
         if x.is_inference():
             x = x.clone()  # outside of inference mode: a tensor that can be differentiated
+        try:
+            return self._until_learnt(x, request)
+        except RuntimeError as error:
+            if "Inference tensors" not in str(error):
+                raise
+            raise errors.Unsupported(
+                "this model was built in inference mode, so no gradient can pass its parameters; build or load it "
+                "outside of torch.inference_mode()"
+            ) from error
+
+    def _until_learnt(self, x: torch.Tensor, request: Request) -> Pass:
         grad = bool(request.gradients)
         for attempt in range(3):  # as learnt; learnt anew for this batch; the other way round about gradients
             recording = self.recording(x, grad=grad and attempt != 1, again=attempt > 0)
@@ -174,12 +185,8 @@ class Engine:
             passed = self._once(recording, x, request, whole=False)
         except observer.CannotCut:
             return self._once(recording, x, request, whole=True)
-        except RuntimeError as error:
-            if "checkpoint" not in str(error):
-                raise
-            return self._once(recording, x, request, whole=True)  # what is recomputed has to be what was recorded
         if None in passed.gradients.values() and any(call.grad_mode for call in recording.calls):
-            return self._once(recording, x, request, whole=True)  # a reentrant checkpoint tells itself only then
+            return self._once(recording, x, request, whole=True)
         return passed
 
     def _once(self, recording: Recording, x: torch.Tensor, request: Request, whole: bool) -> Pass:
@@ -209,8 +216,9 @@ class Engine:
             if request.gradients:
                 scored = answer if request.of is None else runner.live[nodes[request.of].index]
                 at = [leaf if g == INPUT else runner.edges[nodes[g].index] for g in request.gradients]
+                at += [leaf] if whole else []  # a reentrant checkpoint tells itself on the way to the input alone
                 passed.scores, found = _differentiate(request.score(scored), at, real)
-                passed.gradients = {g: _real(f, real, batch) for g, f in zip(request.gradients, found, strict=True)}
+                passed.gradients = {g: _real(f, real, batch) for g, f in zip(request.gradients, found, strict=False)}
         return passed
 
     # -- what can go wrong
@@ -221,6 +229,8 @@ class Engine:
         suspects = suspects or [v for v in list(passed.values.values())[-1:] if isinstance(v, torch.Tensor)]
         if not any(bool(torch.isnan(t.detach().sum())) for t in suspects if t.numel()):
             return
+        if bool(torch.isnan(x).any()):
+            raise errors.InputError("the picture given holds NaN (not a number), so the network's output is NaN too")
         first: list[observer.Node] = []
 
         def look(node: observer.Node, value: torch.Tensor) -> None:
