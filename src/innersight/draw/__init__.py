@@ -1,0 +1,1 @@
+"""Results into pictures: `color` turns values into colors (arrays only), `plots` lays them out as figures."""

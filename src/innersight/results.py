@@ -1,0 +1,1064 @@
+"""What comes out: feature maps, saliency, predictions, sensitivity: values, where they come from, and how they look.
+
+Results are frozen data. `repr` is one line, `plot` draws and returns the result (`.figure` is what it drew; a notebook
+shows it), `save` writes by suffix: .png .pdf .svg a picture, .npz .safetensors the values with their provenance, which
+`load` reads again. A record is plain arrays and JSON: no file of ours runs code when it is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import html
+import io
+import json
+import math
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from innersight import errors
+from innersight.draw import color
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from innersight.images import Picture
+
+FORMAT = 1  # of the record; a reader refuses a later one
+DRAWN = (".png", ".pdf", ".svg")
+STORED = (".npz", ".safetensors")
+KEPT_SIDE = 1024  # pictures are kept with a result up to this many pixels a side
+SHOWN_SIDE = 640  # and drawn into figures from no more than this
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Provenance
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a result came about; with the images it can be computed again from this alone.
+
+    network:  the name the network was opened by
+    options:  the method's options, as they were used
+    notes:    what was chosen without being asked for, a sentence each, with the keyword that changes it
+    versions: of the packages that computed it
+    """
+
+    network: str = ""
+    method: str | None = None
+    layer: str | tuple[str, ...] | None = None
+    target: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        return {f.name: jsonable(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Provenance:
+        """The provenance that `to_json` wrote; what a later version added is left aside."""
+        known = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
+        known["notes"] = tuple(known.get("notes", ()))
+        if isinstance(known.get("layer"), list):
+            known["layer"] = tuple(known["layer"])
+        return cls(**known)
+
+
+def jsonable(value: Any) -> Any:
+    """Anything as JSON can hold it: arrays as lists, numbers that are none as null, strange objects as their text."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
+        return [jsonable(v) for v in value]
+    if hasattr(value, "to_json"):
+        return jsonable(value.to_json())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all results share
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """A result: arrays, the pictures they belong to, and their provenance."""
+
+    KIND: ClassVar[str] = ""
+
+    if TYPE_CHECKING:  # each kind has both
+
+        @property
+        def pictures(self) -> list[Picture]: ...
+        @property
+        def provenance(self) -> Provenance: ...
+
+    @property
+    def figure(self) -> Figure | None:
+        """What `plot` drew last (the first of several); None before."""
+        return self.figures[0] if self.figures else None
+
+    @property
+    def figures(self) -> list[Figure]:
+        """All that `plot` drew last."""
+        return list(self.__dict__.get("_figures", ()))
+
+    def _drawn(self, *figures: Figure) -> Self:
+        # the last drawing is no part of the frozen data: no field, and never compared, saved or sent
+        self.__dict__["_figures"] = figures
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """A summary for machines: shapes, ranges and provenance, without the values."""
+        summary = {"result": self.KIND, "summary": repr(self), **self._summary()}
+        return jsonable({**summary, "provenance": self.provenance})
+
+    def _summary(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def _about(self) -> dict[str, Any]:
+        """What `_restored` needs besides the arrays; becomes JSON."""
+        raise NotImplementedError
+
+    @classmethod
+    def _restored(cls, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], **common: Any) -> Self:
+        raise NotImplementedError
+
+    def record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The result as named arrays and one JSON object, for disk and for sending; `from_record` reads it.
+
+        Pictures go along as far as drawing needs them: at most 1024 pixels a side.
+        """
+        arrays = self._arrays()
+        pictures = []
+        for i, picture in enumerate(self.pictures):
+            small = reduced(picture, KEPT_SIDE)
+            if small is not None:
+                arrays[f"pictures/{i}"] = np.asarray(small.original)
+            pictures.append(
+                {
+                    "name": picture.name,
+                    "to_input": (small or picture).to_input,
+                    "input_size": picture.input_size,
+                    "label": picture.label,
+                    "size": picture.original_size,
+                }
+            )
+        head = {"innersight": FORMAT, "result": self.KIND, "provenance": self.provenance}
+        return arrays, jsonable({**head, "pictures": pictures, **self._about()})
+
+    def save(self, path: str | os.PathLike, **drawing: Any) -> list[Path]:
+        """Write by suffix: .png .pdf .svg what `plot(**drawing)` draws; .npz .safetensors the values, for `load`.
+
+        Returns the files written.
+        """
+        path = Path(path)
+        if path.suffix.lower() in STORED:
+            if drawing:
+                raise errors.InputError(f"{', '.join(drawing)}: for pictures only; {path.suffix} holds the values")
+            return [_store(path, *self.record())]
+        _check_suffix(path)
+        return self._save_drawn(path, **drawing)
+
+    def _save_drawn(self, path: Path, **drawing: Any) -> list[Path]:
+        _check_place(path)
+        before = self.figures
+        self.plot(**drawing)  # type: ignore[attr-defined]
+        figures = self.figures
+        self._drawn(*before)
+        return [_write_figures(path, figures)]
+
+    def _repr_html_(self) -> str:
+        if self.figures:
+            from innersight.draw import plots
+
+            inside = "".join(_img(plots.png(f), f.get_figwidth() * 100) for f in self.figures[:8])
+        else:
+            inside = self._html()
+        return f"<div><p><code>{html.escape(repr(self))}</code></p>{inside}</div>"
+
+    def _html(self) -> str:
+        return ""
+
+
+def _of(provenance: Provenance) -> str:
+    return f" of {provenance.network}" if provenance.network else ""
+
+
+def _range(*arrays: np.ndarray) -> str:
+    ends = [color.extremes(a) for a in arrays if a.size]
+    if not ends:
+        return "no values"
+    missing = sum(int(np.isnan(a).sum()) for a in arrays if a.dtype.kind == "f")
+    text = f"{color.number(min(e[0] for e in ends))} to {color.number(max(e[1] for e in ends))}"
+    return f"{text}, {missing} NaN" if missing else text
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _img(data: bytes, width: float) -> str:
+    return f'<img style="max-width:100%" width="{width:.0f}" src="data:image/png;base64,{_base64(data)}">'
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _pick(index: int, count: int) -> int:
+    if not -count <= index < count:
+        there = f"there are 0 to {count - 1}" if count > 1 else f"there is {'only 0' if count else 'none'}"
+        raise errors.InputError(f"no image {index}: {there}")
+    return index % count
+
+
+def _check_pictures(values: np.ndarray, pictures: Sequence[Picture], what: str) -> None:
+    if len(values) != len(pictures):
+        raise ValueError(f"{what} for {len(values)} images, but {len(pictures)} pictures")
+
+
+def _check_targets(values: np.ndarray, targets: Sequence[str]) -> None:
+    if targets and len(values) != len(targets):
+        raise ValueError(f"{len(targets)} targets for {len(values)} images")
+
+
+def reduced(picture: Picture, side: int) -> Picture | None:
+    """The picture with at most `side` pixels a side and its geometry with it; None if there is nothing to look at."""
+    from PIL import Image
+
+    from innersight.images import Picture
+
+    try:
+        original = picture.display()
+    except (errors.InputError, OSError):  # came without pixels, or its file has gone since
+        return None
+    if original.mode not in ("L", "RGB"):
+        original = original.convert("RGB")
+    w, h = original.size
+    if max(w, h) > side:
+        factor = side / max(w, h)
+        small = max(1, round(w * factor)), max(1, round(h * factor))
+        original = original.resize(small, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    sx, sy, tx, ty = picture.to_input
+    to_input = (sx * w / original.width, sy * h / original.height, tx, ty)
+    return Picture(picture.name, original, to_input, picture.input_size, picture.label)
+
+
+def _pixels(picture: Picture, side: int) -> np.ndarray | None:
+    small = reduced(picture, side)
+    return None if small is None or small.original is None else np.asarray(small.original.convert("RGB"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feature maps
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureMaps(Result, Mapping[str, np.ndarray]):
+    """What layers put out: a mapping from a layer's name to its values, (N, C, H, W) as a rule.
+
+    Layers without a grid hold (N, K), those of video (N, C, T, H, W).
+    layers: what is known of each layer, by name
+
+    >>> maps["conv1"].shape                                             # doctest: +SKIP
+    (1, 16, 24, 24)
+    """
+
+    KIND: ClassVar[str] = "FeatureMaps"
+
+    arrays: Mapping[str, np.ndarray]
+    pictures: list[Picture]
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        for name, values in self.arrays.items():
+            _check_pictures(values, self.pictures, name)
+
+    __eq__ = object.__eq__  # a mapping of arrays has no truth value to compare by
+    __hash__ = object.__hash__
+
+    def __getitem__(self, layer: str) -> np.ndarray:
+        if layer in self.arrays:
+            return self.arrays[layer]
+        raise errors.unknown("layer", layer, self.arrays, " among these maps")
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.arrays
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __repr__(self) -> str:
+        shown = [f"{name} {_times(v.shape[1:])}" for name, v in self.items()]
+        names = ", ".join(shown if len(shown) <= 3 else [shown[0], "...", shown[-1]])
+        head = (
+            f"FeatureMaps{_of(self.provenance)}: {_count(len(self), 'layer')} for {_count(len(self.pictures), 'image')}"
+        )
+        return f"<{head} ({names}), {_range(*self.values())}>"
+
+    def plot(
+        self,
+        layer: str | None = None,
+        *,
+        image: int = 0,
+        columns: int | None = None,
+        scale: str = "each",
+        order: str = "index",
+        limit: int | None = 256,
+        page: int = 1,
+        ax: Axes | None = None,
+    ) -> FeatureMaps:
+        """Draw the maps of one image as a grid, a figure for each layer (None: all that can be drawn).
+
+        columns: of the grid; None makes it about square
+        scale:   "each": every map on its own scale; "shared": all maps of the layer on one, with a bar
+        order:   "index", or "activation": the most active first (root mean square)
+        limit, page: at most this many maps on a page, and which page; limit=None draws all
+        ax:      matplotlib axes to draw the grid of one layer into, instead of a new figure
+        """
+        image = _pick(image, len(self.pictures))
+        names = self._drawable(layer)
+        if ax is not None and len(names) != 1:
+            raise errors.InputError(f"one set of axes holds one layer: name one of {', '.join(names[:8])}")
+        options = {"columns": columns, "scale": scale, "order": order, "limit": limit, "page": page, "ax": ax}
+        pixels = _pixels(self.pictures[image], SHOWN_SIDE)
+        return self._drawn(*(self._plot_layer(name, image, pixels, options) for name in names))
+
+    def _drawable(self, layer: str | None) -> list[str]:
+        if layer is None:
+            return [name for name, values in self.items() if values.ndim in (2, 4)] or list(self)
+        self[layer]  # or the error that names the nearest
+        return [layer]
+
+    def _plot_layer(self, name: str, image: int, pixels: np.ndarray | None, options: dict[str, Any]) -> Figure:
+        from innersight.draw import plots
+
+        values, picture = self[name][image], self.pictures[image]
+        notes = [self.provenance.network, f"{picture.name} ({image + 1} of {len(self.pictures)})"]
+        common: dict[str, Any] = {"title": name, "notes": notes, "picture": pixels, "caption": picture.name}
+        if values.ndim == 3:
+            return plots.maps(values, **common, **options)
+        if values.ndim == 1:
+            return plots.vector(values, **common, ax=options["ax"])
+        raise errors.InputError(
+            f"layer {name!r} holds {_times(values.shape)} values an image; "
+            "what can be drawn is channels x height x width, or a vector"
+        )
+
+    def _save_drawn(self, path: Path, **drawing: Any) -> list[Path]:
+        """One file for each layer and image: maps_conv1.png, maps_relu.png; PDF: one file with a page for each.
+
+        With one layer and one image the file is called as asked.
+        """
+        _check_place(path)
+        layer = drawing.pop("layer", None)
+        images = [_pick(drawing.pop("image"), len(self.pictures))] if "image" in drawing else range(len(self.pictures))
+        names = self._drawable(layer)
+        parts = dict(zip(names, _file_parts(names), strict=True)) if len(names) > 1 else {}
+        before, written, pages = self.figures, [], []
+        try:
+            for i in images:
+                for name in names:
+                    self.plot(name, image=i, **drawing)
+                    if path.suffix.lower() == ".pdf":
+                        pages += self.figures
+                        continue
+                    stem = [path.stem, *([parts[name]] if parts else []), *([str(i)] if len(images) > 1 else [])]
+                    written.append(_write_figures(path.with_stem("_".join(stem)), self.figures))
+        finally:
+            self._drawn(*before)
+        return [*written, _write_figures(path, pages)] if pages else written
+
+    def _summary(self) -> dict[str, Any]:
+        return {"images": [p.name for p in self.pictures], "layers": {n: self._layer_summary(n) for n in self}}
+
+    def _layer_summary(self, name: str) -> dict[str, Any]:
+        values = self[name]
+        low, high = color.extremes(values)
+        summary = {"shape": values.shape, "minimum": low, "maximum": high, "mean": float(values.mean(dtype=np.float64))}
+        if values.ndim >= 3:
+            inner = tuple(range(2, values.ndim))
+            silent = ~(values != 0).any(inner)
+            summary["dead"] = np.flatnonzero(silent.all(0))  # channels that are zero everywhere, for all images
+        return summary
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {f"values/{name}": values for name, values in self.items()}
+
+    def _about(self) -> dict[str, Any]:
+        return {"names": list(self), "layers": self.layers}
+
+    @classmethod
+    def _restored(cls, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], **common: Any) -> Self:
+        values = {name: arrays[f"values/{name}"] for name in about["names"]}
+        return cls(values, layers=about.get("layers") or {}, **common)
+
+    def _html(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{_times(v.shape)}</td><td>{html.escape(_range(v))}</td></tr>"
+            for name, v in list(self.items())[:40]
+        )
+        more = f"<p>and {len(self) - 40} more layers</p>" if len(self) > 40 else ""
+        return f"<table><tr><th>layer</th><th>shape</th><th>values</th></tr>{rows}</table>{more}"
+
+
+def _file_parts(names: Sequence[str]) -> list[str]:
+    """Layer names as parts of file names, no two alike."""
+    parts: list[str] = []
+    for name in names:
+        part = re.sub(r"[^\w.-]+", "_", name).strip("._") or "layer"
+        same = sum(p == part or p.startswith(f"{part}~") for p in parts)
+        parts.append(f"{part}~{same + 1}" if same else part)
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saliency
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Saliency(Result):
+    """What in the images drove the target: maps over the input, raw and signed as the method defines them.
+
+    values:  (N, H, W) on the input; (N, C, H, W) if color channels were kept
+    signed:  whether below zero means "against the target"
+    targets: what was explained, in words, for each image
+    verdict: what the map's own evidence is worth, "reference" is the size beside which values count as nothing
+    grid:    (h, w) of the coarse map that was spread over the input, for maps of inner layers
+    unit:    what a value says, for the scale
+    """
+
+    KIND: ClassVar[str] = "Saliency"
+
+    values: np.ndarray
+    pictures: list[Picture]
+    signed: bool
+    provenance: Provenance = field(default_factory=Provenance)
+    targets: list[str] = field(default_factory=list)
+    verdict: Mapping[str, Any] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if self.values.ndim not in (3, 4):
+            raise ValueError(f"saliency is (N, H, W) or (N, C, H, W), not {self.values.shape}")
+        _check_pictures(self.values, self.pictures, "saliency")
+        _check_targets(self.values, self.targets)
+
+    def __repr__(self) -> str:
+        p = self.provenance
+        layer = f" at {_layer_text(p)}" if p.layer else ""
+        names = list(dict.fromkeys(self.targets))
+        target = f" for {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+        size = f"{_count(len(self.values), 'image')} of {_times(self.values.shape[1:])}"
+        return f"<Saliency {p.method or ''}{_of(p)}{layer}{target}: {size}, {_range(self.values)}>"
+
+    @property
+    def maps(self) -> np.ndarray:
+        """(N, H, W): kept color channels brought to one map, by their sum if signed, by the largest otherwise."""
+        if self.values.ndim == 3:
+            return self.values
+        return self.values.sum(1) if self.signed else self.values.max(1)
+
+    def scale(self, image: int | None = None, *, smooth: float = 0) -> color.Scale:
+        """The scale an image is drawn with, or all images together (None).
+
+        Values at most a millionth of verdict["reference"] (1 if it says nothing, the size of an ordinary score) are
+        drawn blank, not stretched until they glow.
+        """
+        maps = self.maps if image is None else self.maps[_pick(image, len(self.pictures))][None]
+        maps = np.stack([color.smooth(m, smooth) for m in maps]) if smooth else maps
+        return color.scale(maps, signed=self.signed, reference=float(self.verdict.get("reference", 1.0)))
+
+    def overlay(self, style: str = "heat", *, scale: str = "each", smooth: float = 0) -> list[Image.Image]:
+        """Each map on its original picture, in the original's size.
+
+        style:  "heat": colors over the dimmed gray picture, the more opaque the higher; "spotlight": the picture, lit
+                where the map is high (best for coarse maps); "map": the colors alone
+        scale:  "each" image on its own scale, or one "shared" by all
+        smooth: standard deviation of a blur in pixels of the input, for the eye only
+        """
+        from PIL import Image
+
+        shared = self._shared(scale, smooth)
+        return [
+            Image.fromarray(self._overlay(i, p, style, shared or self.scale(i, smooth=smooth), smooth))
+            for i, p in enumerate(self.pictures)
+        ]
+
+    def _shared(self, scale: str, smooth: float) -> color.Scale | None:
+        from innersight.draw import plots
+
+        if scale not in plots.SCALES:
+            raise errors.unknown("scale", scale, plots.SCALES)
+        return self.scale(smooth=smooth) if scale == "shared" else None
+
+    def _overlay(self, i: int, picture: Picture, style: str, scale: color.Scale, smooth: float) -> np.ndarray:
+        values = picture.back(color.smooth(self.maps[i], smooth))
+        try:
+            pixels = np.asarray(picture.display().convert("RGB"))
+        except errors.InputError:
+            pixels = np.full((*values.shape, 3), 128, np.uint8)  # nothing to look at: the map over plain gray
+        return color.overlay(pixels, values, scale, style=style)
+
+    def plot(
+        self,
+        *,
+        style: str = "heat",
+        scale: str = "each",
+        smooth: float = 0,
+        limit: int | None = 16,
+        page: int = 1,
+        ax: Axes | None = None,
+    ) -> Saliency:
+        """Draw each picture beside its overlay, with the scale below; options as in `overlay`.
+
+        limit, page: at most this many images on a page, and which page
+        ax: matplotlib axes to draw the overlay of a single image into, instead of a new figure
+        """
+        if ax is None:
+            name = self.provenance.method or "saliency"
+            return self._drawn(_saliency_figure({name: self}, style, scale, smooth, limit, page))
+        from innersight.draw import plots
+
+        if len(self.pictures) != 1:
+            raise errors.InputError(
+                f"one set of axes holds one image, and there are {len(self.pictures)}: pick one by [i]"
+            )
+        panel = self._panel(0, self.provenance.method or "saliency", style, self._shared(scale, smooth), smooth)
+        return self._drawn(plots.saliency_on(ax, panel))
+
+    def __getitem__(self, image: int) -> Saliency:
+        """The result for one image alone."""
+        i = _pick(image, len(self.pictures))
+        one = slice(i, i + 1)
+        verdict = {k: v[one] if isinstance(v, list) and len(v) == len(self) else v for k, v in self.verdict.items()}
+        return dataclasses.replace(
+            self, values=self.values[one], pictures=self.pictures[one], targets=self.targets[one], verdict=verdict
+        )
+
+    def __iter__(self) -> Iterator[Saliency]:
+        return (self[i] for i in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def _panel(self, i: int, name: str, style: str, shared: color.Scale | None, smooth: float) -> Any:
+        from innersight.draw import plots
+
+        scale = shared or self.scale(i, smooth=smooth)
+        picture = reduced(self.pictures[i], SHOWN_SIDE) or self.pictures[i]
+        caption = f"{name}: {self.targets[i]}" if self.targets else name
+        return plots.Panel(caption, self._overlay(i, picture, style, scale, smooth), scale)
+
+    def _summary(self) -> dict[str, Any]:
+        maps = self.maps
+        images = []
+        for i, picture in enumerate(self.pictures):
+            low, high = color.extremes(maps[i])
+            y, x = np.unravel_index(int(np.argmax(np.nan_to_num(np.abs(maps[i])))), maps[i].shape)
+            images.append(
+                {
+                    "name": picture.name,
+                    "target": self.targets[i] if self.targets else None,
+                    "minimum": low,
+                    "maximum": high,
+                    "sum": float(maps[i].sum(dtype=np.float64)),
+                    "peak": {"y": y, "x": x},  # on the input
+                    "scale": str(self.scale(i)),
+                }
+            )
+        about = {"shape": self.values.shape, "signed": self.signed, "unit": self.unit, "grid": self.grid}
+        return {**about, "images": images, "verdict": self.verdict}
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {"values": self.values}
+
+    def _about(self) -> dict[str, Any]:
+        names = ("signed", "targets", "verdict", "grid", "unit")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def _restored(cls, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], **common: Any) -> Self:
+        grid = tuple(about["grid"]) if about.get("grid") else None
+        rest = {name: about[name] for name in ("signed", "targets", "verdict", "unit")}
+        return cls(arrays["values"], grid=grid, **rest, **common)
+
+    def _html(self) -> str:
+        out = []
+        for i in range(min(6, len(self))):
+            panel = self._panel(i, self.pictures[i].name, "heat", None, 0)
+            caption = html.escape(f"{panel.caption}, {panel.scale}")
+            out.append(f'<figure style="display:inline-block;margin:4px">{_thumbnail(panel.pixels)}')
+            out.append(f"<figcaption>{caption}</figcaption></figure>")
+        return "".join(out)
+
+
+def _thumbnail(pixels: np.ndarray) -> str:
+    from PIL import Image
+
+    from innersight.draw import plots
+
+    buffer = io.BytesIO()
+    shown = plots.fit(pixels, 220, 220)
+    Image.fromarray(shown).save(buffer, "PNG")
+    return _img(buffer.getvalue(), shown.shape[1])
+
+
+def _layer_text(provenance: Provenance) -> str:
+    layer = provenance.layer
+    return layer if isinstance(layer, str) else ", ".join(layer or ())
+
+
+def plot_comparison(
+    results: Mapping[str, Saliency],
+    *,
+    style: str = "heat",
+    scale: str = "each",
+    smooth: float = 0,
+    limit: int | None = 16,
+    page: int = 1,
+) -> Figure:
+    """Several methods side by side: a row for each image, its picture first, then a map for each of `results`."""
+    if not results:
+        raise errors.InputError("nothing to compare: no results")
+    sizes = {len(s) for s in results.values()}
+    if len(sizes) > 1:
+        raise errors.InputError(f"results to compare must be of the same images, not of {sizes} images")
+    return _saliency_figure(results, style, scale, smooth, limit, page)
+
+
+def _saliency_figure(
+    results: Mapping[str, Saliency], style: str, scale: str, smooth: float, limit: int | None, page: int
+) -> Figure:
+    from innersight.draw import plots
+
+    first = next(iter(results.values()))
+    chosen = plots.select(np.zeros((len(first), 1)), limit=limit, page=page)
+    shared = {name: s._shared(scale, smooth) for name, s in results.items()}
+    rows = []
+    for i in chosen.channels:
+        picture = first.pictures[i]
+        pixels = _pixels(picture, SHOWN_SIDE)
+        row = [] if pixels is None else [plots.Panel(picture.name, pixels)]
+        row += [s._panel(i, name, style, shared[name], smooth) for name, s in results.items()]
+        rows.append(row)
+    notes = [
+        _style_text(style, {s.signed for s in results.values()}),
+        "each map on its own scale" if scale == "each" else "one scale a method",
+    ]
+    notes += [f"{name}: {s.unit}" if len(results) > 1 else f"values: {s.unit}" for name, s in results.items() if s.unit]
+    notes += [f"smoothed by {smooth:g} pixels" if smooth else "", chosen.text.replace("channels", "images")]
+    if len(results) == 1:
+        layer = _layer_text(first.provenance)
+        names = ", ".join(dict.fromkeys(first.targets))
+        target = f" for {names if len(names) <= 60 else f'{len(set(first.targets))} targets'}" if names else ""
+        title = f"{next(iter(results))}{_of(first.provenance)}{f' at {layer}' if layer else ''}{target}"
+    else:
+        title = f"{len(results)} methods{_of(first.provenance)}"
+    return plots.saliency(rows, title=title, notes=notes, style=style)
+
+
+def _style_text(style: str, signed: set[bool]) -> str:
+    """What color or light says in a figure of maps with a sign (True), without (False), or of both kinds."""
+    if style == "spotlight":
+        return f"light: {'what speaks for the target, ' if True in signed else ''}0 to the 99.5th percentile"
+    windows = [
+        text for kind, text in ((False, "0 to the 99.5th percentile"), (True, "± that of |value|")) if kind in signed
+    ]
+    window = "± the 99.5th percentile of |value|" if signed == {True} else ", or ".join(windows)
+    sides = " (blue against the target, red for it)" if True in signed else ""
+    return f"{'color' if style == 'map' else 'color and opacity'}: {window}{sides}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Predictions(Result):
+    """What the network answers: its raw output and, by the softmax, probabilities.
+
+    logits: (N, K), the output as it came
+    labels: class names by output index; None: the indices stand for themselves
+    kind:   "logits", or "probabilities" if the network's own last operation makes them
+    """
+
+    KIND: ClassVar[str] = "Predictions"
+
+    logits: np.ndarray
+    labels: Sequence[str] | None = None
+    pictures: list[Picture] = field(default_factory=list)
+    kind: str = "logits"
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        if self.logits.ndim != 2:
+            raise ValueError(f"predictions are (N, K), not {self.logits.shape}")
+        if self.kind not in ("logits", "probabilities"):
+            raise ValueError(f"kind is logits or probabilities, not {self.kind!r}")
+        if self.pictures:
+            _check_pictures(self.logits, self.pictures, "predictions")
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """(N, K): the softmax of the logits, the logistic function for a single output, or the output as it is."""
+        if self.kind == "probabilities":
+            return self.logits
+        x = self.logits.astype(np.float64)
+        if x.shape[1] == 1:
+            return (0.5 * (1 + np.tanh(x / 2))).astype(np.float32)
+        e = np.exp(x - x.max(1, keepdims=True))
+        return (e / e.sum(1, keepdims=True)).astype(np.float32)
+
+    @property
+    def classes(self) -> np.ndarray:
+        """(N,): the index of the largest output of each image."""
+        return self.logits.argmax(1)
+
+    def label(self, index: int) -> str:
+        """The name of a class, or its number where it has none."""
+        return str(self.labels[index]) if self.labels is not None and index < len(self.labels) else str(index)
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """For each image its k most probable classes, the most probable first: (label, probability)."""
+        probabilities = self.probabilities
+        order = np.argsort(-self.logits, axis=1, kind="stable")[:, : max(0, k)]
+        return [[(self.label(c), float(p[c])) for c in row] for p, row in zip(probabilities, order, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def _names(self) -> list[str]:
+        return [p.name for p in self.pictures] or [f"image {i}" for i in range(len(self))]
+
+    def __repr__(self) -> str:
+        n, k = self.logits.shape
+        head = f"Predictions{_of(self.provenance)}: {_count(n, 'image')}, {k} class{'' if k == 1 else 'es'}"
+        first = "; ".join(f"{t[0][0]} {t[0][1]:.3f}" for t in self.top(1)[:3] if t)
+        return f"<{head}, {self.kind} {_range(self.logits)}; {first}{'; ...' if n > 3 else ''}>"
+
+    def __str__(self) -> str:
+        """A table: each image and its five most probable classes."""
+        names = self._names()
+        tops = self.top(5)
+        cells = [[f"{label} {p:.3f}" for label, p in row] for row in tops]
+        widths = [max((len(row[j]) for row in cells), default=0) for j in range(max(map(len, cells), default=0))]
+        name_width = max(map(len, names), default=0)
+        lines = (
+            f"{name:<{name_width}}  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True))
+            for name, row in zip(names, cells, strict=True)
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+    def plot(self, *, image: int = 0, ax: Axes | None = None) -> Predictions:
+        """Draw the outputs of one image as bars, the largest three with their number."""
+        from innersight.draw import plots
+
+        i = _pick(image, len(self))
+        label, p = self.top(1)[i][0]
+        pixels = _pixels(self.pictures[i], SHOWN_SIDE) if self.pictures else None
+        notes = [self.provenance.network, f"{label} {p:.3f}"]
+        title = f"{self.kind} for {self._names()[i]}"
+        common: dict[str, Any] = {"picture": pixels, "caption": self._names()[i], "ax": ax}
+        return self._drawn(plots.vector(self.logits[i], title=title, notes=notes, **common))
+
+    def _summary(self) -> dict[str, Any]:
+        images = [
+            {"name": name, "top": [{"label": label, "probability": p} for label, p in top]}
+            for name, top in zip(self._names(), self.top(5), strict=True)
+        ]
+        for row, index in zip(images, self.classes, strict=True):
+            row["class"] = index
+        return {"shape": self.logits.shape, "kind": self.kind, "images": images}
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {"logits": self.logits}
+
+    def _about(self) -> dict[str, Any]:
+        return {"labels": None if self.labels is None else list(self.labels), "kind": self.kind}
+
+    @classmethod
+    def _restored(cls, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], **common: Any) -> Self:
+        return cls(arrays["logits"], labels=about["labels"], kind=about["kind"], **common)
+
+    def _html(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td>"
+            + "".join(f"<td>{html.escape(label)} {p:.3f}</td>" for label, p in top)
+            + "</tr>"
+            for name, top in list(zip(self._names(), self.top(5), strict=True))[:40]
+        )
+        return f"<table>{rows}</table>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sensitivity
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sensitivity(Result):
+    """How the target's score changes when a channel of a layer is removed: measured, not estimated.
+
+    values: (N, C), the score without the channel minus the score with it: below zero, the channel speaks for the target
+    scores: (N,), the score with all channels
+    """
+
+    KIND: ClassVar[str] = "Sensitivity"
+
+    values: np.ndarray
+    layer: str
+    scores: np.ndarray
+    pictures: list[Picture] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or self.scores.shape != self.values.shape[:1]:
+            raise ValueError(f"sensitivity is (N, C) with (N,) scores, not {self.values.shape} and {self.scores.shape}")
+        if self.pictures:
+            _check_pictures(self.values, self.pictures, "sensitivity")
+        _check_targets(self.values, self.targets)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __repr__(self) -> str:
+        names = list(dict.fromkeys(self.targets))
+        target = f" for {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+        n, c = self.values.shape
+        size = f"{_count(c, 'channel')}, {_count(n, 'image')}"
+        return f"<Sensitivity{_of(self.provenance)} at {self.layer}{target}: {size}, {_range(self.values)}>"
+
+    def top(self, k: int = 5, *, image: int | None = None) -> list[tuple[int, float]]:
+        """The k channels whose removal changes the score most: (channel, change), in one image or in the mean."""
+        if image is None:
+            change = self.values.mean(0, dtype=np.float64)
+        else:
+            change = self.values[_pick(image, len(self))]
+        order = np.argsort(-np.abs(change), kind="stable")[: max(0, k)]
+        return [(int(c), float(change[c])) for c in order]
+
+    def plot(self, *, kind: str = "bars", limit: int | None = None, ax: Axes | None = None) -> Sensitivity:
+        """Draw the channels that matter most.
+
+        kind:  "bars": the mean over the images, with a dot for each; "matrix": images x channels as a heat map
+        limit: at most this many channels; None: 20 bars, 40 columns
+        """
+        from innersight.draw import plots
+
+        names = list(dict.fromkeys(self.targets))
+        target = f" · score: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" if names else ""
+        title = f"Sensitivity{_of(self.provenance)} at {self.layer}{target}"
+        mean = color.number(float(self.scores.mean(dtype=np.float64)))
+        notes = [f"{'mean score' if len(self) > 1 else 'score'} with all channels: {mean}"]
+        unit = "change of the score when the channel is removed"
+        if kind == "bars":
+            notes.append("below zero: the channel speaks for the target")
+            return self._drawn(
+                plots.changes(self.values, title=title, notes=notes, unit=unit, limit=limit or 20, ax=ax)
+            )
+        if kind != "matrix":
+            raise errors.unknown("kind", kind, ("bars", "matrix"))
+        notes.append(f"{unit}; blue: it speaks for the target")
+        rows = [p.name for p in self.pictures] or [f"image {i}" for i in range(len(self))]
+        return self._drawn(plots.matrix(self.values, title=title, rows=rows, notes=notes, limit=limit or 40, ax=ax))
+
+    def _summary(self) -> dict[str, Any]:
+        top = [{"channel": c, "change": v} for c, v in self.top(10)]
+        names = [p.name for p in self.pictures]
+        images = [
+            {
+                "name": names[i] if names else None,
+                "target": self.targets[i] if self.targets else None,
+                "score": self.scores[i],
+                "top": [{"channel": c, "change": v} for c, v in self.top(5, image=i)],
+            }
+            for i in range(len(self))
+        ]
+        return {"layer": self.layer, "shape": self.values.shape, "top": top, "images": images}
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {"values": self.values, "scores": self.scores}
+
+    def _about(self) -> dict[str, Any]:
+        return {"layer": self.layer, "targets": self.targets}
+
+    @classmethod
+    def _restored(cls, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], **common: Any) -> Self:
+        return cls(arrays["values"], about["layer"], arrays["scores"], targets=about["targets"], **common)
+
+    def _html(self) -> str:
+        rows = "".join(f"<tr><td>channel {c}</td><td>{color.number(v)}</td></tr>" for c, v in self.top(10))
+        return f"<table><tr><th></th><th>change of the score without it</th></tr>{rows}</table>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+KINDS: dict[str, type[Result]] = {kind.KIND: kind for kind in (FeatureMaps, Saliency, Predictions, Sensitivity)}
+
+
+def load(path: str | os.PathLike) -> Any:
+    """A result that was saved as .npz or .safetensors; runs nothing that is in the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise errors.InputError(f"no file {str(path)!r}" if not path.is_dir() else f"{str(path)!r} is a folder")
+    if path.suffix.lower() not in STORED:
+        raise errors.InputError(f"results are loaded from {' and '.join(STORED)} files, not from {path.name!r}")
+    try:
+        arrays, about = (_read_npz if path.suffix.lower() == ".npz" else _read_safetensors)(path)
+    except errors.InnersightError:
+        raise
+    except Exception as error:  # each broken byte raises something else
+        raise errors.InputError(f"{path.name!r} cannot be read: it is broken or no {path.suffix} file") from error
+    try:
+        return from_record(arrays, about)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, errors.InnersightError):
+            raise
+        raise errors.InputError(f"{path.name!r} is no result of innersight, or parts of it are missing") from error
+
+
+def from_record(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> Any:
+    """The result that `record` took apart."""
+    from PIL import Image
+
+    from innersight.images import Picture
+
+    if about["innersight"] > FORMAT:
+        raise errors.InputError("this result was saved by a later version of innersight: update innersight")
+    kind = KINDS[about["result"]]
+    pictures = []
+    for i, p in enumerate(about["pictures"]):
+        kept = arrays.get(f"pictures/{i}")
+        original = None if kept is None else Image.fromarray(kept)
+        size = None if original is not None or not p["size"] else tuple(p["size"])
+        to_input, input_size = tuple(p["to_input"]), tuple(p["input_size"])
+        pictures.append(Picture(p["name"], original, to_input, input_size, p["label"], original_size=size))
+    return kind._restored(arrays, about, pictures=pictures, provenance=Provenance.from_json(about["provenance"]))
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        with (
+            path.open("rb") as opened,
+            np.load(opened, allow_pickle=False) as file,
+        ):  # np.load forgets to close a bad one
+            arrays = {name: file[name] for name in file.files}
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise errors.InputError(f"{path.name!r} holds pickled objects, which could run code: not loaded") from None
+        raise
+    except (OSError, zipfile.BadZipFile) as error:
+        raise errors.InputError(f"{path.name!r} cannot be read: {error}") from error
+    if "innersight" not in arrays:
+        raise errors.InputError(
+            f"{path.name!r} is no result of innersight: it says nothing of where its values are from"
+        )
+    return arrays, json.loads(str(arrays.pop("innersight")))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        about = (file.metadata() or {}).get("innersight")
+        if about is None:
+            raise errors.InputError(
+                f"{path.name!r} is no result of innersight: it says nothing of where its values are from"
+            )
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)  # noqa: SIM118 - not a mapping
+
+
+def _store(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> Path:
+    text = json.dumps(about, ensure_ascii=False, allow_nan=False)
+    if path.suffix.lower() == ".npz":
+        named: dict[str, Any] = {"innersight": np.array(text), **arrays}
+        return _write(path, lambda file: np.savez_compressed(file, **named))
+
+    def write(file: IO[bytes]) -> None:
+        from safetensors.numpy import save
+
+        tensors = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+        file.write(save(tensors, metadata={"innersight": text}))
+
+    return _write(path, write)
+
+
+def _write_figures(path: Path, figures: Sequence[Figure]) -> Path:
+    from innersight.draw import plots
+
+    suffix = path.suffix.lower()
+    if suffix != ".pdf" and len(figures) != 1:
+        raise errors.InputError(f"{suffix} holds one figure and there are {len(figures)}: use .pdf, or name a layer")
+    return _write(path, lambda file: plots.write(figures, file, suffix))
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix.lower() not in (*DRAWN, *STORED):
+        kinds = f"{', '.join(DRAWN)} for a picture, {', '.join(STORED)} for the values"
+        raise errors.InputError(f"{path.name!r}: unknown suffix {path.suffix!r}; use {kinds}")
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a place that cannot be written to before anything is drawn for it."""
+    if path.is_dir():
+        raise errors.InputError(f"cannot write {str(path)!r}: it is a folder")
+    if not path.parent.is_dir():
+        raise errors.InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
+    """Write a file whole or not at all."""
+    _check_place(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            write(file)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # a temporary file is for its owner alone
+        os.replace(temporary, path)
+    except OSError as error:
+        raise errors.InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+    return path
