@@ -560,7 +560,13 @@ def open_torchscript(source: Path | torch.jit.ScriptModule, device: Any = None) 
                 torch.jit.save(source, buffer)
             script, unit = load(buffer, device)  # a copy: the caller's stays where it is
             program = script
-    module = interpret(script, program, unit)
+    try:
+        module = interpret(script, program, unit)
+    except RuntimeError as error:  # a live program that calls Python, which cannot be saved
+        notes.append(
+            f"it runs as one operation, because it cannot be taken apart: {str(error).strip().splitlines()[-1]}"
+        )
+        return Opened(script, name, notes=notes)
     opaque = {path: m.opaque for path, m in module.named_modules() if isinstance(m, Scripted) and m.opaque}
     for path, kind in opaque.items():
         notes.append(f"{path or 'the program'} runs as one operation: {kind} cannot be watched from Python")
@@ -585,10 +591,14 @@ def compare(opened: Opened) -> Opened:
     noise = torch.rand((2, *opened.input_shape), generator=torch.Generator().manual_seed(0)).to(device)
 
     def run(network: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
-        # The buffers are the same in both, so those of ours are put back after either.
-        with as_found(module), as_found(network), torch.no_grad(), torch.jit.optimized_execution(False):
-            seed(network)
-            return [t for t in tensors_in(network(batch)) if t.is_floating_point()]
+        kept = [(buffer, buffer.clone()) for buffer in module.buffers()]  # both networks have the same ones
+        try:
+            with as_found(network), torch.no_grad(), torch.jit.optimized_execution(False):
+                seed(network)
+                return [t for t in tensors_in(network(batch)) if t.is_floating_point()]
+        finally:
+            for buffer, value in kept:  # batch norm writes its statistics without a trace in the tensor's version
+                buffer.copy_(value)
 
     ours = run(module, noise[:1])
     if module.functions.traced_in_training:

@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,7 +98,9 @@ def read(path: Path, trust: bool = False) -> Any:
     if kind != "checkpoint":
         raise InputError(f"{path} is a {_WORDS[kind]} and brings its network along; open it by itself, without arch=")
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about how a file was written, which its reader cannot change
+            return torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
         if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UntrustedFile(
