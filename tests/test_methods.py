@@ -107,9 +107,7 @@ def test_gradcam_worked_by_hand():
     np.testing.assert_allclose(net.explain(x, "gradcam", layer="conv").values[0], expected.clip(0))
 
 
-@pytest.mark.parametrize(
-    ("name", "peer"), [("gradcam", "GradCAM"), ("hirescam", "HiResCAM"), ("layercam", "LayerCAM")]
-)
+@pytest.mark.parametrize(("name", "peer"), [("gradcam", "GradCAM"), ("hirescam", "HiResCAM"), ("layercam", "LayerCAM")])
 @pytest.mark.parametrize("stage", ["layer4", "layer2"])
 def test_cams_agree_with_pytorch_grad_cam(resnet, name, peer, stage):
     import pytorch_grad_cam
@@ -124,7 +122,10 @@ def test_cams_agree_with_pytorch_grad_cam(resnet, name, peer, stage):
         cam.outputs = cam.activations_and_grads(x)
         cam.model.zero_grad()
         sum(t(o) for t, o in zip(wanted, cam.outputs, strict=True)).backward()
-        a, g = (v[0].cpu().data.numpy() for v in (cam.activations_and_grads.activations, cam.activations_and_grads.gradients))
+        a, g = (
+            v[0].cpu().data.numpy()
+            for v in (cam.activations_and_grads.activations, cam.activations_and_grads.gradients)
+        )
         theirs = np.maximum(cam.get_cam_image(x, cam.target_layers[0], wanted, a, g, False), 0)
     resnet.zero_grad(set_to_none=True)
     upsampled = torch.nn.functional.interpolate(torch.from_numpy(theirs)[:, None], size=(64, 64), mode="bilinear")[:, 0]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import innersight
-from innersight import errors
+from innersight import errors, targets
 from innersight.data.small_cnn import SimpleCNN
 from innersight.testing import NETWORKS, check_network, close, left_as_found, small_network
 
@@ -55,7 +55,19 @@ def test_a_check_fails_where_a_property_does_not_hold():
 
 def test_layers_of_the_tutorial_network():
     net = innersight.open(simple_cnn())
-    assert list(net.layers) == ["conv1", "relu", "pool", "conv2", "relu_1", "pool_1", "fc1", "relu_2", "fc2", "relu_3", "fc3"]
+    assert list(net.layers) == [
+        "conv1",
+        "relu",
+        "pool",
+        "conv2",
+        "relu_1",
+        "pool_1",
+        "fc1",
+        "relu_2",
+        "fc2",
+        "relu_3",
+        "fc3",
+    ]
     conv1 = net.layers["conv1"]
     assert conv1.shape == (16, 24, 24)
     assert conv1.parameters == 16 * 25 + 16
@@ -182,6 +194,37 @@ def test_of_several_outputs_the_choice_is_stated_and_can_be_changed():
 
     assert close(innersight.open(Two(), input_shape=(3, 4, 4)).predict(x).logits, x.mean((2, 3)))
     assert close(innersight.open(Two(), input_shape=(3, 4, 4), output="scores").predict(x).logits, 2 * x.mean((2, 3)))
+
+
+class Detector(nn.Module):
+    """Finds two objects of class 1 and one of class 2; their scores are means over parts of the picture."""
+
+    def forward(self, x):
+        def found(image):
+            scores = torch.stack([image[0].mean(), image[1, :4].mean(), image[2].mean()]).sigmoid()
+            boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4], [4, 4, 8, 8]])
+            return {"boxes": boxes, "labels": torch.tensor([1, 1, 2]), "scores": scores}
+
+        return [found(image) for image in x]
+
+
+def test_a_detector_answers_with_the_best_object_of_each_class():
+    net = innersight.open(Detector(), input_shape=(3, 8, 8), labels=["nothing", "dog", "cat"])
+    x = noise(2, 3, 8, 8)
+    found = Detector()(x)
+    p = net.predict(x)
+    assert p.kind == "probabilities"
+    for row, d in zip(p.logits, found, strict=True):
+        np.testing.assert_allclose(row, [0, d["scores"][:2].max(), d["scores"][2]])
+    s = net.explain(x, target="cat", channels=True)
+    cat = torch.stack([d["scores"][2] for d in found])
+    np.testing.assert_allclose(s.values[:, 2], (cat * (1 - cat) / 64)[:, None, None].expand(2, 8, 8), rtol=1e-5)
+    assert not s.values[:, :2].any()
+    at = net.explain(x, target=targets.box((0, 0, 8, 4)), channels=True)
+    assert at.values[:, 1, :4].all()
+    assert not at.values[:, [0, 2]].any()
+    with pytest.raises(errors.InputError, match="overlaps the box"):
+        net.explain(x, target=targets.box((20, 20, 30, 30)))
 
 
 # -- Sensitivity

@@ -500,7 +500,7 @@ def test_probabilities_are_the_softmax_and_do_not_overflow():
 def test_probabilities_of_the_network_stay_as_they_are():
     p = Predictions(np.array([[0.25, 0.25, 0.5]]), kind="probabilities")
     assert p.probabilities is p.logits
-    assert p.top(3)[0] == [("2", 0.5), ("0", 0.25), ("1", 0.25)]
+    assert p.top(3)[0] == [("class 2", 0.5), ("class 0", 0.25), ("class 1", 0.25)]
 
 
 def test_a_single_output_goes_through_the_logistic_function():

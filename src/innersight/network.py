@@ -205,7 +205,7 @@ class Network:
             yield from self.engine.chunks(x, lambda part, _: self.engine.run(part, request), size)
 
     def _main(self, output: Any) -> torch.Tensor:
-        main, note = targets.main_tensor(output, self._output)
+        main, note = targets.main_tensor(output, self._output, len(self.labels) if self.labels else None)
         if note and note not in self.notes:
             self.notes.append(note)
         return main
@@ -237,19 +237,16 @@ class Network:
         images: a path, folder, glob, PIL image or array, a list of them, a float batch `(N, C, H, W)`, or a loader.
         """
         inputs = self._read(images)
-        rows = [self._answer(p.output) for p in self._passes(inputs.tensor, Request())]
-        width = max(r.shape[1] for r in rows)  # a detector's classes are as many as it found
-        logits = torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[1])) for r in rows]).numpy()
+        rows = [self._scores(p.output).float().cpu() for p in self._passes(inputs.tensor, Request())]
+        logits = _stacked(rows).numpy()
         return results.Predictions(
             logits=logits, labels=self.labels, pictures=inputs.pictures, kind=self._kind(inputs.tensor),
             provenance=self._provenance(inputs),
         )  # fmt: skip
 
-    def _answer(self, output: Any) -> torch.Tensor:
-        """(n, K): a score for each class, on the CPU."""
-        if targets.is_detection(output):
-            return targets.detected_classes(output, len(self.labels) if self.labels else None)
-        return targets.class_scores(self._main(output)).detach().float().cpu()
+    def _scores(self, output: Any) -> torch.Tensor:
+        """(n, K): a score for each class."""
+        return targets.class_scores(self._main(output)).detach()
 
     def _kind(self, x: torch.Tensor) -> str:
         """Whether the network answers with probabilities: its own last operation makes them, or it detects."""
@@ -329,6 +326,11 @@ class Network:
         notes: list[str] = []
         chosen = None
         if any("layer" in m.needs for m in methods):
+            if x.dim() != 4:
+                raise errors.Unsupported(
+                    f"maps of inner layers are made for pictures (N, C, H, W); this input is {tuple(x.shape)}: "
+                    "the methods that read the input's gradient take it"
+                )
             chosen, note = self._cam_layer(x, goal, layer)
             notes.append(note)
         elif layer is not None:
@@ -338,12 +340,14 @@ class Network:
         for m in methods:
             values, texts, scores, grid = found[m.name]
             own = {k: v for k, v in options.items() if k in m.options}
+            verdict = _verdict(values, scores)
+            said = [*(notes if "layer" in m.needs else ()), *_blank(verdict["blank"])]
             saliencies[m.name] = results.Saliency(
-                values=values, pictures=inputs.pictures, signed=m.signed or bool((values < 0).any()),
-                targets=texts, verdict=_verdict(values, scores), grid=grid,
+                values=values, pictures=inputs.pictures, signed=m.signed or bool((values < 0).any()), unit=m.unit,
+                targets=texts, verdict=verdict, grid=grid,
                 provenance=self._provenance(
                     inputs, m.name, chosen.name if chosen and "layer" in m.needs else None,
-                    _said(target, texts), own, notes if "layer" in m.needs else (),
+                    _said(target, texts), own, said,
                 ),
             )  # fmt: skip
         return saliencies if several else saliencies[methods[0].name]
@@ -394,8 +398,8 @@ class Network:
         def on_grid(of: str, value: torch.Tensor | None) -> torch.Tensor:
             if value is None:
                 raise errors.Unsupported(
-                    f"the score does not depend on {names[of]!r} in a way that has a gradient, "
-                    "so no map can be made from it"
+                    f"the score does not depend on {names[of]!r} in a way that has a gradient (a detector that found "
+                    "nothing, a step function), so no map can be made from it"
                 )
             return value if of == "input" or layer is None else self._on_grid(layer, value)
 
@@ -478,8 +482,9 @@ class Network:
         with self.engine.session():
             self._learn(x[:1])
             answers = [self._main(p.output) for p in self._passes(x, Request())]
-            main = torch.cat(answers) if answers[0].dim() else answers[0]
-            predicted = targets.winner(main).tolist() if main.dim() in (1, 2, 4) else None
+            predicted = None  # an answer that names no class leaves that to the target
+            if answers[0].dim() in (1, 2, 4):
+                predicted = torch.cat([targets.winner(main) for main in answers]).tolist()
             goal = targets.resolve(target, len(x), self._classes, predicted=predicted)
             for i in range(len(x)):
                 replay = Replay(self.engine, x[i : i + 1], layer)
@@ -514,6 +519,12 @@ class Network:
         return len(layer.node.shape) - 1 if channel is None else channel
 
 
+def _stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Batches of scores as one; a detector has as many classes as it found, so rows may differ in length."""
+    width = max(r.shape[1] for r in rows)
+    return torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[1])) for r in rows])
+
+
 def _numpy(value: torch.Tensor) -> np.ndarray:
     return value.detach().float().cpu().contiguous().numpy()
 
@@ -521,6 +532,16 @@ def _numpy(value: torch.Tensor) -> np.ndarray:
 def _said(target: Any, texts: Sequence[str]) -> str:
     """The target as provenance keeps it."""
     return "the predicted class" if target is None else ", ".join(dict.fromkeys(texts))
+
+
+def _blank(blank: Sequence[bool]) -> list[str]:
+    """A map of zeros is an answer that has to be said: nothing speaks for the target, or its gradient is zero."""
+    empty = [str(i) for i, b in enumerate(blank) if b]
+    return (
+        [f"the map of image {', '.join(empty)} is zero everywhere: nothing it looks at speaks for the target"]
+        if empty
+        else []
+    )
 
 
 def _verdict(values: np.ndarray, scores: np.ndarray) -> dict[str, Any]:

@@ -752,7 +752,7 @@ class Predictions(Result):
 
     def label(self, index: int) -> str:
         """The name of a class, or its number where it has none."""
-        return str(self.labels[index]) if self.labels is not None and index < len(self.labels) else str(index)
+        return str(self.labels[index]) if self.labels is not None and index < len(self.labels) else f"class {index}"
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """For each image its k most probable classes, the most probable first: (label, probability)."""

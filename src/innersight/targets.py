@@ -100,11 +100,12 @@ class Classes:
 # The output
 
 
-def main_tensor(output: Any, choice: str | int | None = None) -> tuple[torch.Tensor, str]:
+def main_tensor(output: Any, choice: str | int | None = None, count: int | None = None) -> tuple[torch.Tensor, str]:
     """The tensor of the output that is read as the network's answer, and a note where there was a choice.
 
     Tensors are taken as they are; of dicts, dataclasses and named tuples the entry called logits, out, ...; of tuples
-    the first that has a row for each image; of detections the scores. `choice` names another.
+    the first that has a row for each image; of detections the best score of each of `count` classes. `choice` names
+    another.
     """
     if isinstance(output, torch.Tensor):
         return output, ""
@@ -119,10 +120,8 @@ def main_tensor(output: Any, choice: str | int | None = None) -> tuple[torch.Ten
             return inner, f"the answer is output {key!r}, as chosen"
         return main_tensor(inner)
     if is_detection(output):
-        scores = [d["scores"] for d in output]
-        width = max([s.numel() for s in scores] + [1])
-        padded = [torch.nn.functional.pad(s, (0, width - s.numel())) for s in scores]
-        return torch.stack(padded), "detections: the answer is the score of each detected object, best first"
+        note = "detections: the answer is, for each class, the score of the best object of that class"
+        return detected_classes(output, count), note
     if not tensors:
         for value in entries.values():
             if isinstance(value, (Mapping, tuple, list)):
@@ -180,10 +179,8 @@ def class_scores(main: torch.Tensor) -> torch.Tensor:
 def detected_classes(output: Sequence[Mapping[str, torch.Tensor]], count: int | None = None) -> torch.Tensor:
     """(n, K): for each class the score of the best object of it that was detected, 0 where there is none."""
     highest = max((int(d["labels"].max()) for d in output if d["labels"].numel()), default=0)
-    rows = torch.zeros(len(output), max(count or 0, highest + 1))
-    for row, found in zip(rows, output, strict=True):
-        row.scatter_reduce_(0, found["labels"].cpu(), found["scores"].detach().float().cpu(), "amax")
-    return rows
+    empty = output[0]["scores"].new_zeros(max(count or 0, highest + 1))
+    return torch.stack([empty.scatter_reduce(0, d["labels"], d["scores"], "amax") for d in output])
 
 
 def winner(main: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,7 @@ class Method:
     reads: tuple[str, ...]
     signed: bool
     passes: str
+    unit: str
 
     @property
     def summary(self) -> str:
@@ -87,23 +88,30 @@ _registry: dict[str, Method] = {}
 
 
 def method(
-    *, family: str, reads: tuple[str, ...], paper: str, signed: bool = True, passes: str = "1 forward, 1 backward"
+    *,
+    family: str,
+    reads: tuple[str, ...],
+    paper: str,
+    signed: bool = True,
+    passes: str = "1 forward, 1 backward",
+    unit: str = "",
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Register a method under its function's name.
 
     reads:  which of "input.value", "input.gradient", "layer.value", "layer.gradient" it looks at
     signed: whether negative values mean evidence against the target
     passes: its cost, in words
+    unit:   what one value of the map says
 
-    The function takes a `Look` and its own options by keyword and returns `(n, H, W)`, or `(n, C, H, W)` where colour
-    channels are still apart: then `combine` of the module says how they become one.
+    The function takes a `Look` and its own options by keyword and returns `(n, H, W)`, or `(n, C, H, W)` where
+    colour channels were asked to be kept apart.
     """
     if unknown := [r for r in reads if r not in READS]:
         raise ValueError(f"a method can read {', '.join(READS)}, not {unknown[0]!r}")
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         name = function.__name__
-        _registry[name] = Method(name, function, family, paper, reads, signed, passes)
+        _registry[name] = Method(name, function, family, paper, reads, signed, passes, unit)
         return function
 
     return register

@@ -11,6 +11,7 @@ from innersight.methods import Look, method
     family="gradient",
     reads=("input.gradient",),
     signed=False,
+    unit="change of the score per unit of input",
     paper="Simonyan, Vedaldi, Zisserman: Deep Inside Convolutional Networks, 2013 (arXiv:1312.6034)",
 )
 def gradient(look: Look, channels: bool = False) -> torch.Tensor:
@@ -25,6 +26,7 @@ def gradient(look: Look, channels: bool = False) -> torch.Tensor:
 @method(
     family="gradient",
     reads=("input.value", "input.gradient"),
+    unit="first-order share of the score",
     paper="Shrikumar et al.: Not Just a Black Box, 2016 (arXiv:1605.01713)",
 )
 def gradient_x_input(look: Look, channels: bool = False) -> torch.Tensor:
