@@ -112,7 +112,7 @@ class AxisField:
     def size(self) -> Fraction:
         """How many pixels a unit sees: before clipping to the picture if that is regular, else the most of any."""
         if self.regular:
-            return self.regular.size
+            return self.regular.size if self.regular.tight else Fraction(math.floor(self.regular.size))
         return Fraction(max((b - a for a, b in zip(self.first, self.last, strict=True) if b > a), default=0))
 
     @cached_property
@@ -129,6 +129,10 @@ class AxisField:
         if self.regular:
             return self.regular.start
         return Fraction(self.first[0] if self.last[0] > self.first[0] else 0)
+
+    @cached_property
+    def centre(self) -> Fraction:
+        return self.start + ((self.regular.size if self.regular else self.size) - 1) / 2
 
     @cached_property
     def whole(self) -> bool:
@@ -175,7 +179,7 @@ class ReceptiveField:
     @property
     def centre(self) -> tuple[Fraction, Fraction]:
         """Middle of unit (0, 0)'s field, in pixels: 0 is the middle of the first pixel."""
-        return self.y.start + (self.y.size - 1) / 2, self.x.start + (self.x.size - 1) / 2
+        return self.y.centre, self.x.centre
 
     @property
     def exact(self) -> bool:
@@ -254,7 +258,7 @@ def effective_box(energy: np.ndarray, share: float = 0.9) -> Box:
     sides = []  # for each axis: energy before each line, and behind it
     for axis in (1, 0):
         sums = energy.sum(axis) / total
-        sides.append((np.cumsum(sums), np.cumsum(sums[::-1])))
+        sides.append((np.cumsum(sums).round(12), np.cumsum(sums[::-1]).round(12)))  # even energy, even sides
 
     def box(q: float) -> Box:
         (above, below), (left, right) = sides
@@ -898,7 +902,9 @@ def _reconciled(a: State, b: State) -> tuple[State, State]:
     for axis in _AXES:
         ours, theirs = _positions(a, axis), _positions(b, axis)
         if ours - theirs and theirs - ours:  # the units of one against the units of the other: attention
+            crossed = any(_along(a.dims[d], *_AXES) for d in theirs - ours)  # rows of one against columns of the other
             b = replace(_mix(b, theirs - ours, keep=False), blurred=True)
+            b = b.inexact() if crossed else b
     # Rows here, columns there, along one dimension.
     for d in range(len(a.dims)):
         if _along(a.dims[d], *_AXES) and _along(b.dims[d], *_AXES) and _signature(a.dims[d]) != _signature(b.dims[d]):
@@ -1167,7 +1173,8 @@ def _concatenated_tokens(parts: list[tuple[State | None, int]], d: int, spatial:
         extras.append(main.extra)
     extra = _both(extras) if extras else None
     grown = Tokens(tokens.prefix + before, tokens.atoms, tokens.suffix + behind)
-    return replace(main.with_dim(d, (grown,)), extra=extra)
+    alone = grown.prefix == grown.suffix == 0
+    return replace(main.with_dim(d, grown.atoms if alone else (grown,)), extra=None if alone else extra)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1473,7 +1480,7 @@ def _roll(call: Call) -> State:
         if shift % size == 0:
             continue
         reads = replace(_picked(tuple((i - shift) % size for i in range(size))), exact=False)
-        state = _moved(state, d, reads)
+        state = _moved(state, d, reads, roll=shift)
     return state
 
 
@@ -1790,6 +1797,8 @@ def _fold(call: Call) -> State:
     ]  # fmt: skip
     if _along(state.dims[-2], *_AXES):
         raise Lost
+    if state.blurred:  # each tap takes channels of its own
+        state = state.inexact()
     lead = state.shape[:-2]
     state = _mix(state, [len(state.dims) - 2], keep=False)
     state = _viewed(state, (*lead, 1, *sizes))
@@ -2073,7 +2082,7 @@ def _plain_labels(labels: tuple[str, ...]) -> str:
 
 def _token_grid(tokens: int, pixels: tuple[int, int]) -> tuple[int, int, int] | None:
     """(extra tokens, rows, columns): the picture's own proportions first, then a square."""
-    for extra in (0, 1, 2, 5, 4, 3, 8, 9, 16, 17):
+    for extra in (0, 1, 2, 5, 9):
         n = tokens - extra
         h = math.isqrt(n * pixels[0] // pixels[1]) if n >= 4 else 0
         if h and n % h == 0 and h * pixels[1] == n // h * pixels[0]:
@@ -2099,14 +2108,19 @@ def _labels(state: State) -> tuple[str, ...]:
 
 
 def _tidy(state: State) -> State:
-    """Rows made of rows and channels (a pixel shuffle) as rows."""
+    """Rows made of rows and channels (a pixel shuffle) as rows, channels made of channels and rows as channels."""
+    pure = {labels for labels in _labels(state) if labels in _AXES}
     for d, dim in enumerate(state.dims):
         large = [a for a in _atoms(dim) if a.size > 1]
-        if len(large) > 1 and large[0].axis in _AXES and len({a.axis for a in large} - {"c", "?"}) == 1:
-            try:
+        space = {a.axis for a in large if a.axis in _AXES}
+        kinds = [a.axis for a in _atoms(dim)]
+        if not space or "n" in kinds or len(large) == 1:
+            continue
+        if kinds[0] == "c" and len(pure) == 2:
+            state = replace(_mix(state, [d], keep=False).with_dim(d, (Atom("c", _size(dim)),)), blurred=True)
+        elif len(space) == 1 and large[0].axis in _AXES and {a.axis for a in large} <= space | {"c", "?"}:
+            with contextlib.suppress(Lost):
                 state = _anchored(state, d)
-            except Lost:
-                return state
     return state
 
 
