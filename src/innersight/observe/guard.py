@@ -32,7 +32,7 @@ def as_found(module: nn.Module) -> Iterator[None]:
     touched in the first place. May be entered again inside itself.
     """
     with _lock(module):
-        training = [m for m in module.modules() if m.training]
+        training = [m for m in module.modules() if getattr(m, "training", False)]  # frozen TorchScript has no flag
         buffers = [(m, _buffers_of(m)) for m in module.modules() if _has_buffers(m)]
         random_state = _random_state(module)
         try:
