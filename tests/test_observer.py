@@ -389,9 +389,10 @@ def test_an_expert_of_the_same_operations_is_told_from_the_other(options):
     net = Experts(**options).eval()
     x = picture().abs()
     recording = observer.learn(net, x)
-    observer.run(net, recording, [x], {})
+    taps = {recording.find("relu").index: Tap(keep=True)}
+    observer.run(net, recording, [x], taps)
     with pytest.raises(observer.Diverged):
-        observer.run(net, recording, [-x], {})
+        observer.run(net, recording, [-x], taps)
 
 
 def test_names_of_an_expert_are_its_own():
@@ -411,33 +412,50 @@ def test_a_path_that_depends_on_the_batch_is_learnt_for_that_batch():
     assert torch.equal(values["c_2"], net.c(picture(3, 3, 8, 8)[2:]))
 
 
-def test_a_model_that_never_does_the_same_twice_is_refused():
+def test_a_model_that_never_does_the_same_twice_is_refused_unless_nothing_inside_is_asked_for():
     count = iter(range(1000))
 
     def forward(_m: nn.Module, x: torch.Tensor) -> torch.Tensor:
         for _ in range(next(count)):
-            x = x + 1
-        return x
+            x = x.relu()
+        return x + 1
 
     with pytest.raises(errors.Unsupported, match="something else each time"):
-        read(Fn(forward), picture())
+        read(Fn(forward), picture(), "add")
+    assert torch.equal(Engine(Fn(forward)).run(picture(), Request()).output, picture().relu() + 1)
 
 
-def test_a_diverging_run_is_never_mistaken_even_if_the_model_catches_everything():
+def test_behind_the_last_layer_asked_for_the_model_may_go_where_it_likes():
+    net = Fn(lambda m, x: m.a(x).relu() if x.sum() > 0 else m.a(x).sigmoid().sqrt(), a=nn.Conv2d(3, 3, 1))
+    x = picture().abs()
+    recording = observer.learn(net, x)
+    with torch.no_grad():
+        output, runner = observer.run(net, recording, [-x], {recording.find("a").index: Tap(keep=True)})
+        assert torch.equal(output, net(-x))
+        assert torch.equal(runner.values[recording.find("a").index], net.a(-x))
+
+
+def test_a_value_kept_is_safe_from_what_an_unknown_path_writes():
+    net = Fn(lambda m, x: m.a(x).relu() if x.sum() > 0 else m.a(x).mul_(0), a=nn.Conv2d(3, 3, 1))
+    x = picture().abs()
+    recording = observer.learn(net, x)
+    with torch.no_grad():
+        _, runner = observer.run(net, recording, [-x], {recording.find("a").index: Tap(keep=True)})
+        assert torch.equal(runner.values[recording.find("a").index], net.a(-x))
+
+
+def test_a_buffer_made_anew_in_each_run_is_no_sign_of_another_path():
     def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if x.mean() > 0:
-            return m.a(x).relu()
-        try:
-            h = m.a(x).sigmoid()
-        except BaseException:
-            h = x
+        h = m.a(x) + m.memory
+        m.memory = h.mean().detach()
         return h.relu()
 
-    net, x = Fn(forward, a=nn.Conv2d(3, 3, 1)), picture().abs()
+    net = Fn(forward, a=nn.Conv2d(3, 3, 1))
+    net.register_buffer("memory", torch.zeros(()))
     engine = Engine(net)
     with engine.session():
-        engine.recording(x)
-        assert torch.equal(engine.run(-x, Request()).output, net(-x))
+        for _ in range(4):
+            assert engine.run(picture(), Request(read=["a", "relu"])).values["relu"].min() >= 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ class Node:
     inplace: bool
     position: int
     parameters: int = 0
-    partial: bool = False  # written into part of what another live tensor holds
+    partial: bool = False  # written into part of what another live tensor holds, or into what the model keeps
+    base: int | None = None  # the node whose memory this one shares (a view) or writes into
     slot: int | None = None  # opaque: which tensor of the call at `position`, the first to read it (None: not yet read)
     name: str = ""
     owner: str = ""  # the torch.nn leaf module that returned this value, if one did
@@ -318,8 +319,9 @@ class _Learner(TorchFunctionMode):
         self.scope: list[tuple[str, int]] = [("", 0)]  # (module path, first node of that call)
         self.marks: dict[int, tuple[weakref.ref, tuple[Ref, ...]]] = {}
         self.sharing: dict[int, list[weakref.ref]] = {}
-        self.constants = {id(t) for m in module.modules() for t in _tensors_held(m)}
-        self.weights = {id(t) for m in module.modules() for t in _weights_of(m)}
+        # Kept, not only their ids: a model may replace them as it runs, and ids are used again.
+        self.constants = {id(t): t for m in module.modules() for t in _tensors_held(m)}
+        self.weights = {id(t): t for m in module.modules() for t in _weights_of(m)}
         self.unplaced: set[int] = set()  # opaque nodes that nothing has read yet
         self.gaps = False
         self.batch = 0
@@ -492,8 +494,11 @@ class _Learner(TorchFunctionMode):
         else:
             kind = "copy" if op in _COPIES else "layer"
         inputs = tuple(dict.fromkeys(r.node for r in read))
+        lends = (t for t in tensors_in((args, kwargs)) if storage_key(t) == storage_key(first) and self.refs(t))
+        base = next((self.refs(t) for t in lends), None) if shares or target is not None else None
         node = self.add(op, kind, inputs, self.freeze(args), self.freeze(kwargs), outs, target is not None, position)
         node.parameters = sum(t.numel() for t in tensors_in((args, kwargs)) if isinstance(t, nn.Parameter))
+        node.base = base[-1].node if base else None
         call.node = node.index
         for k, t in enumerate(outs):
             self.mark(t, (Ref(node.index, k),))
@@ -504,6 +509,7 @@ class _Learner(TorchFunctionMode):
 
     def spread(self, target: torch.Tensor, ref: Ref) -> None:
         """After a write, every live tensor on the same memory descends from it too."""
+        self.nodes[ref.node].partial |= id(target) in self.constants  # the model's own memory
         for other_ref in self.sharing.get(storage_key(target) or -1, ()):
             other = other_ref()
             if other is None or other is target:
@@ -523,6 +529,13 @@ class _Learner(TorchFunctionMode):
         if isinstance(value, dict):
             return {k: self.freeze(v) for k, v in value.items()}
         return value
+
+    def forget_replaced(self, module: nn.Module) -> None:
+        """A buffer that the model makes anew in each run tells nothing about the path."""
+        lasting = {id(t) for m in module.modules() for t in _weights_of(m)}
+        for call in self.calls:
+            if call.held:
+                call.held = tuple((where, key) for where, key in call.held if key in lasting)
 
     def finish(self, inputs: list[int], output: Any) -> Recording:
         outputs: list[Ref] = []
@@ -602,6 +615,7 @@ def learn(
         with torch.set_grad_enabled(grad), learner:
             output = call(module, *own) if call else module(*own)
         with torch._C.DisableTorchFunction():
+            learner.forget_replaced(module)
             return learner.finish(nodes, output)
     finally:
         _learning.learner = learner.outer
@@ -670,7 +684,8 @@ class Runner(TorchFunctionMode):
     stop:  end the run when the last tap has been served
     cut:   call position up to which nothing is recorded for autograd; default the earliest gradient tap
 
-    Raises `Diverged`, or `CannotCut`, out of the run; and again at every later call, if the model catches even those.
+    Raises `Diverged`, if the model goes another way before the last tap, or `CannotCut` out of the run; and again at
+    every later call, if the model catches even those.
     """
 
     def __init__(self, recording: Recording, taps: Mapping[int, Tap], stop: bool = False, cut: int | None = None):
@@ -686,6 +701,8 @@ class Runner(TorchFunctionMode):
             if node.slot is not None:
                 self.arrivals.setdefault(node.position, []).append((node, tap))
         self.last = max((*self.taps, *self.arrivals), default=-1) if stop else self.length
+        # Behind the last tap the model may go where it likes: what was asked for has been seen.
+        self.tail = max((*self.taps, *self.arrivals), default=-1)
         self.ended: BaseException | None = None
         gradients = [node.position for node, tap in wanted if tap.gradient]
         self.cut = min(gradients, default=-1) if cut is None else cut
@@ -704,6 +721,10 @@ class Runner(TorchFunctionMode):
             return _run_attention_under(self, args, kwargs)
         position = self.position
         self.position = position + 1
+        if position > self.tail:
+            if self._kept:
+                self._protect(func, args, kwargs)
+            return func(*args, **kwargs)
         try:
             call = self._expected(position, func, args, kwargs)
             if position in self.arrivals:
@@ -872,7 +893,7 @@ def run(
         output = None  # the model may have caught it and answered all the same
     elif mode.ended is not None:
         raise mode.ended
-    elif mode.position != mode.length:
+    elif mode.position <= mode.tail and mode.position != mode.length:
         raise Diverged
     elif mode.length in mode.arrivals:
         mode.arrive(mode.length, output)
