@@ -125,10 +125,10 @@ class Engine:
             return learnt
         return self._recordings[key]
 
-    def recording_of_two(self, x: torch.Tensor) -> Recording:
+    def recording_of_two(self, x: torch.Tensor, again: bool = False) -> Recording:
         """What the model does with two such images: which shapes double tells which dimension holds the batch."""
         key = (tuple(x.shape[1:]), x.dtype, x.device, "two")
-        if key not in self._recordings:
+        if key not in self._recordings or again:
             guard.seed(self.module)
             two = torch.cat([x[:1], x[:1]])
             self._recordings[key] = observer.learn(self.module, two, call=self.call)

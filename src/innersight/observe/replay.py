@@ -7,7 +7,7 @@ before, grown to the batch; elsewhere with a dummy of the right shape that takes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from innersight.observe.passes import Engine, Request
 class Replay:
     """What follows `layer`, for many values of that layer on one image.
 
-    Make it inside `engine.session()`. Where the model's own ways forbid skipping (it goes another way for a batch of
-    two, or reads numbers out of tensors), the whole network is run instead, with the same result.
+    Make it inside `engine.session()`. Where the model's own ways forbid skipping (parts that cannot be watched), the
+    whole network is run; where they forbid a batch (it goes another way for two images than for one, mixes the images
+    of a batch, or reads numbers out of tensors), images are run one by one. The result is the same.
     """
 
     def __init__(self, engine: Engine, x: torch.Tensor, layer: str):
@@ -29,11 +30,21 @@ class Replay:
         self.x = x
         self.layer = layer
         self.recording = engine.recording(x)
+        if reads := any(n.kind == "sink" or _depends_on_data(n) for n in self.recording.nodes):
+            self.recording = engine.recording(x, again=True)  # another image may have gone another way
         self.node = self.recording.find(layer)
         self.plan: _Plan | None = None
+        self.together = engine.fixed_batch is None  # whether n values may be run as one batch
         try:
-            self.plan = _plan(engine, self.recording, self.node, x)
+            two = self._of_two(again=reads)
+            self.together = two is not None
+            self.plan = _plan(self.recording, two, self.node)
+            self.together &= not self.plan.mixes
+            if self.plan.leaks:
+                raise _CannotSkip
             self.value = self._clean_run(x)
+            if self.plan.rearranges and self.together:
+                self._verify()
         except (_CannotSkip, observer.Diverged):
             self.plan = None
             self.value = engine.run(x, Request(read=[layer], output=False)).values[layer]
@@ -42,6 +53,26 @@ class Replay:
     def skips(self) -> bool:
         """Whether only what follows the layer is run."""
         return self.plan is not None
+
+    def _of_two(self, again: bool) -> Recording | None:
+        """What the model does with two such images; None if that is not what it does with one, twice."""
+        if self.engine.fixed_batch is not None:
+            raise _CannotSkip
+        try:
+            two = self.engine.recording_of_two(self.x, again)
+        except Exception:  # it takes one image alone
+            return None
+        same = [c.func for c in two.calls] == [c.func for c in self.recording.calls]
+        return two if same and len(two.nodes) == len(self.recording.nodes) else None
+
+    def _verify(self) -> None:
+        """Where batch and other dimensions are merged, see that the same image twice gives the same output twice."""
+        once, twice = (list(observer.tensors_in(self._skipping(torch.cat([self.value] * n, self.batch_dim))))
+                       for n in (1, 2))  # fmt: skip
+        for a, b in zip(once, twice, strict=True):
+            b = b.float().reshape(-1, *a.shape)
+            if float((b - a.float()).abs().max()) > 1e-3 * float(a.float().abs().max()):
+                raise _CannotSkip
 
     def _clean_run(self, x: torch.Tensor) -> torch.Tensor:
         assert self.plan is not None
@@ -55,18 +86,57 @@ class Replay:
         self.stored = runner.stored
         return runner.stored[self.node.index][0]
 
+    @property
+    def batch_dim(self) -> int:
+        """Which dimension of the layer's value holds the batch (windows and tokens may share it)."""
+        return (self.plan.batch_dim.get((self.node.index, 0)) if self.plan else None) or 0
+
+    def without(self, channels: Iterable[int], axis: int) -> torch.Tensor:
+        """What to `run`: the layer's value, once for each of these channels, with that channel of `axis` at zero."""
+        each = []
+        for channel in channels:
+            each.append(self.value.clone())
+            each[-1].select(axis, channel).zero_()
+        return torch.cat(each, self.batch_dim)
+
     def run(self, values: torch.Tensor) -> Any:
-        """The model's output for a batch of n that differ in this layer alone: `values` is `(n, ...)`."""
-        n = values.shape[0]
+        """The model's output for a batch of n that differ in this layer alone.
+
+        values: `(n, ...)`; where the layer's value for one image is k long in `batch_dim`, n times k long there
+        """
+        if self.together:
+            return self._run(values)
+        size = self.engine.fixed_batch or 1
+        return _joined([self._run(part) for part in values.split(size * self._each, self.batch_dim)])
+
+    @property
+    def _each(self) -> int:
+        return self.value.shape[self.batch_dim] if self.value.dim() else 1
+
+    def _run(self, values: torch.Tensor) -> Any:
+        if self.plan is not None:
+            try:
+                return self._skipping(values)
+            except observer.Diverged:  # this value leads elsewhere
+                pass
+        n = values.shape[self.batch_dim] // self._each
+        size = self.engine.fixed_batch or n
+        filled = torch.cat([values, *[values.narrow(self.batch_dim, 0, self._each)] * (size - n)], self.batch_dim)
         x = self.x.expand(n, *self.x.shape[1:])
-        if self.plan is None:
-            return self.engine.run(x, Request(change={self.layer: lambda _: values.clone()})).output
+        output = self.engine.run(x, Request(change={self.layer: lambda _: filled.clone()})).output
+        return _map_tensors(output, lambda t: t[:n] if t.dim() and t.shape[0] == size else t) if n < size else output
+
+    def _skipping(self, values: torch.Tensor) -> Any:
+        assert self.plan is not None
+        n = values.shape[self.batch_dim] // self._each
+        x = self.x.expand(n, *self.x.shape[1:])
         values = values.clone() if self.plan.writes else values
         guard.seed(self.engine.module)
         with torch.no_grad():
             output, _ = observer.run(
                 self.engine.module, self.recording, [x.clone() if self.plan.writes_input else x], {},
                 call=self.engine.call, runner=_Skip, plan=self.plan, stored=self.stored, node=self.node, values=values,
+                n=n,
             )  # fmt: skip
         return output
 
@@ -97,25 +167,53 @@ class _Plan:
         self.batch_dim: dict[tuple[int, int], int | None] = {}  # (node, output) -> dimension, None: not batched
         self.writes_input = False
         self.writes = False  # something behind the layer works in place
+        self.mixes = False  # images of one batch do not stay apart, so n have to be n runs
+        self.leaks = False  # what follows the layer reaches the model as numbers, which cannot be followed
+        self.rearranges = False  # a dimension holds the batch and something else
 
 
-def _plan(engine: Engine, recording: Recording, node: Node, x: torch.Tensor) -> _Plan:
-    two = engine.recording_of_two(x)
-    if [c.func for c in two.calls] != [c.func for c in recording.calls] or len(two.nodes) != len(recording.nodes):
-        raise _CannotSkip
+# What these return is as long as the data says, or is an address within the batch.
+_DATA_SHAPED = frozenset("nonzero argwhere masked_select unique unique_consecutive nms bincount".split())
+
+
+def _depends_on_data(node: Node) -> bool:
+    if node.op == "where":
+        return len(node.args) == 1
+    indexed = node.op in ("getitem", "setitem", "index_put") and len(node.args) > 1
+    return node.op in _DATA_SHAPED or (indexed and next(_refs(node.args[1]), None) is not None)
+
+
+def _refs(value: Any) -> Iterator[observer.Ref]:
+    if isinstance(value, observer.Ref):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _refs(item)
+
+
+def _mixes_images(node: Node) -> bool:
+    """Batch statistics; torch's own positions are those of `F.batch_norm`."""
+    training = node.kwargs.get("training", node.args[5] if len(node.args) > 5 else False)
+    return node.op == "batch_norm" and training is True
+
+
+def _plan(recording: Recording, two: Recording | None, node: Node) -> _Plan:
+    """What to skip; without a recording of two images, for a batch of one."""
     nodes, plan = recording.nodes, _Plan()
-    if node.kind == "opaque" or node.partial or any(n.kind == "opaque" for n in nodes):
+    if recording.gaps or node.partial or any(n.kind == "opaque" for n in nodes):
         raise _CannotSkip
     for n in nodes[node.index + 1 :]:
         if any(i == node.index or i in plan.dirty for i in n.inputs):
             plan.dirty.add(n.index)
-    if any(nodes[i].kind == "sink" for i in plan.dirty):
-        raise _CannotSkip  # a number read out of a tensor of n images
+    plan.leaks = any(nodes[i].kind == "sink" or _depends_on_data(nodes[i]) for i in plan.dirty)
+    plan.mixes = plan.leaks or any(map(_depends_on_data, nodes)) or any(_mixes_images(nodes[i]) for i in plan.dirty)
+    memory = _memory_of(nodes)
+    shared = {memory[n.index] for n in nodes if n.partial}  # written through one tensor, read through another
 
     def need(index: int, own: bool = False) -> None:
         if index == node.index or index in plan.dirty:
             return
-        if nodes[index].partial or (nodes[index].kind == "view" and own):
+        if nodes[index].partial or (nodes[index].kind == "view" and (own or memory[index] in shared)):
             happen(index)
         else:
             plan.frontier.add(index)
@@ -138,12 +236,34 @@ def _plan(engine: Engine, recording: Recording, node: Node, x: torch.Tensor) -> 
                 need(i)
     for ref in recording.outputs:
         need(ref.node)
-    for n, m in zip(nodes, two.nodes, strict=True):
-        for k, (a, b) in enumerate(zip(n.shapes, m.shapes, strict=True)):
-            plan.batch_dim[n.index, k] = _batch_dim(a, b)
+    if two is not None:
+        plan.batch_dim = _batch_dims(nodes, two.nodes)
+        plan.mixes |= any(
+            plan.batch_dim[i, k] is None for i in (node.index, *plan.dirty) for k in range(len(nodes[i].shapes))
+        )
+        plan.rearranges = any(
+            (d := plan.batch_dim[i, k]) is not None and shape[d] != 1
+            for i in plan.frontier for k, shape in enumerate(nodes[i].shapes)
+        )  # fmt: skip
     plan.writes_input = any(n.inplace and set(n.inputs) & set(recording.inputs) for n in nodes)
     plan.writes = any(nodes[i].inplace for i in plan.dirty)
     return plan
+
+
+def _memory_of(nodes: list[Node]) -> list[int]:
+    """For each node the first one that lies in the same memory."""
+    first: list[int] = []
+    for n in nodes:
+        first.append(n.index if n.base is None else first[n.base])
+    return first
+
+
+def _batch_dims(one: list[Node], two: list[Node]) -> dict[tuple[int, int], int | None]:
+    return {
+        (n.index, k): _batch_dim(a, b)
+        for n, m in zip(one, two, strict=True)
+        for k, (a, b) in enumerate(zip(n.shapes, m.shapes, strict=True))
+    }
 
 
 def _batch_dim(one: tuple[int, ...], two: tuple[int, ...]) -> int | None:
@@ -158,7 +278,7 @@ def _batch_dim(one: tuple[int, ...], two: tuple[int, ...]) -> int | None:
 
 def _grow(value: torch.Tensor, dim: int | None, n: int) -> torch.Tensor:
     """One image's value as a batch of n; a dimension that is merged with the batch (windows) is repeated whole."""
-    if dim is None:
+    if dim is None or n == 1:
         return value
     if value.shape[dim] == 1:
         return value.expand(*(n if d == dim else s for d, s in enumerate(value.shape)))
@@ -168,12 +288,35 @@ def _grow(value: torch.Tensor, dim: int | None, n: int) -> torch.Tensor:
 
 
 def _map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` with every tensor in it changed; of a kind this does not know, only what is known inside."""
     if isinstance(value, torch.Tensor):
         return fn(value)
     if isinstance(value, (tuple, list)):
-        items = [_map_tensors(v, fn) for v in value]
-        return items if type(value) is list else tuple(items) if type(value) is tuple else type(value)(items)
+        return _like(value, [_map_tensors(v, fn) for v in value])
+    if isinstance(value, Mapping):
+        return _like(value, {k: _map_tensors(v, fn) for k, v in value.items()})
     return value
+
+
+def _like(value: Any, items: Any) -> Any:
+    """`items` as the kind of collection that `value` is."""
+    if isinstance(items, dict):
+        return type(value)(**items) if all(isinstance(k, str) for k in items) else items
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _joined(outputs: list) -> Any:
+    """The outputs of several runs as that of one batch."""
+    first = outputs[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(outputs) if first.dim() else torch.stack(outputs)
+    if isinstance(first, list) and len(first) == 1 and isinstance(first[0], Mapping):
+        return [image for output in outputs for image in output]  # detections: a list with a dict for each image
+    if isinstance(first, Mapping):
+        return _like(first, {k: _joined([o[k] for o in outputs]) for k in first})
+    if isinstance(first, (tuple, list)):
+        return _like(first, [_joined(list(same)) for same in zip(*outputs, strict=True)])
+    return first
 
 
 class _Store(Runner):
@@ -181,6 +324,7 @@ class _Store(Runner):
 
     def __init__(self, recording: Recording, taps: Mapping, stop: bool, plan: _Plan, node: Node):
         super().__init__(recording, taps, stop)
+        self.tail = self.length  # to the end, every call must be the one that was learnt
         self.plan = plan
         self.node = node
         self.stored: dict[int, tuple[torch.Tensor, Any]] = {}  # node -> (first tensor, whole answer)
@@ -208,31 +352,33 @@ class _Skip(Runner):
     """Runs what depends on the layer and answers everything else from the store."""
 
     def __init__(self, recording: Recording, taps: Mapping, stop: bool, plan: _Plan, stored: dict, node: Node,
-                 values: torch.Tensor):  # fmt: skip
+                 values: torch.Tensor, n: int):  # fmt: skip
         super().__init__(recording, taps, stop)
+        self.tail = self.length  # to the end, every call must be the one that was learnt
         self.plan = plan
         self.stored = stored
         self.node = node
         self.values_given = values
+        self.n = n
 
     def _run(self, _position: int, call: Call, func: Callable, args: tuple, kwargs: dict) -> Any:
         index = call.node
         if index is None or index in self.plan.dirty or index in self.plan.real:
             return func(*args, **kwargs)
-        n = self.values_given.shape[0]
         outputs = iter(range(len(self.recording.nodes[index].shapes)))
 
         def batch(t: torch.Tensor) -> torch.Tensor:
-            grown = _grow(t, self.plan.batch_dim[index, next(outputs)], n)
+            grown = _grow(t, self.plan.batch_dim.get((index, next(outputs))), self.n)
             return grown.clone() if index in self.plan.own else grown
 
         answer = _map_tensors(self.stored[index][1], batch)
         if index == self.node.index:
             answer = observer.with_first(answer, self.values_given)
-        if not self.recording.nodes[index].inplace:
+        node = self.recording.nodes[index]
+        if not node.inplace:
             return answer
         target = observer.written(observer.raw_name(func), args, kwargs)
         assert target is not None
-        if index in self.plan.frontier or index == self.node.index:
+        if not node.partial:
             target.data = answer  # callers may ignore what an in-place operation returns
         return None if observer.raw_name(func) == "__setitem__" else target
