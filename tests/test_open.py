@@ -46,21 +46,22 @@ class Small(nn.Module):
 
 
 class Branching(nn.Module):
-    """Control flow that only a script keeps: a loop over layers, a condition on the values, a list, a tuple."""
+    """What only a script keeps: a loop, a condition on the values, lists, tuples, an argument with a default."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, scale: float = 2.0) -> torch.Tensor:
         seen: list[torch.Tensor] = []
         for layer in self.layers:
             x = torch.relu(layer(x))
             if bool(x.mean() > 0.01):
-                x = x * 2
+                x = x * scale
             else:
                 x = x - 1
             seen.append(x)
+        seen = seen + [x]  # noqa: RUF005 - as a script says it
         for i in range(len(seen)):
             x = x + seen[i] / (i + 1)
         low, high = torch.aminmax(x.flatten(2), dim=2)

@@ -113,6 +113,8 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "select": _select,
     "rsub": _rsub,
     "embedding": _embedding,
+    "col2im": F.fold,
+    "im2col": F.unfold,
     "_native_multi_head_attention": _native_attention,
     "scaled_dot_product_attention": F.scaled_dot_product_attention,
     "upsample_nearest2d": _nearest,

@@ -102,12 +102,19 @@ class Scripted(nn.Module):
         return self.methods[method]
 
     def forward(self, *args: Any, method: str = "forward") -> Any:
-        if self.opaque:
-            return self.script(*args) if method == "forward" else getattr(self.script, method)(*args)
-        return self.run(method, args)
+        if not self.opaque:
+            try:
+                return self.run(method, args)
+            except _Unsupported as kind:  # in a method that was compiled only now
+                self.opaque = str(kind)
+        return self.script(*args) if method == "forward" else getattr(self.script, method)(*args)
 
     def run(self, method: str, args: Iterable[Any]) -> Any:
-        results = self._compiled(method).run(self, {}, (self, *args))
+        block, given = self._compiled(method), (self, *args)
+        if len(given) < len(block.inputs):  # only from outside: within a program the defaults are written at the call
+            arguments = self.program._c._get_method(method).schema.arguments
+            given += tuple(a.default_value for a in arguments[len(given) :])
+        results = block.run(self, {}, given)
         return results[0] if len(results) == 1 else results
 
     def value(self, name: str) -> Any:
@@ -217,7 +224,7 @@ def _step(node: Any, module: Scripted) -> Callable[..., Any]:
     if kind in _BUILDERS:
         return _BUILDERS[kind](node, module)
     name = kind.partition("::")[2]
-    tensors = any("Tensor" in v.type().str() for v in node.inputs())
+    tensors = any(v.type().annotation_str in ("Tensor", "Optional[Tensor]") for v in node.inputs())
     if kind in _PLAIN or (not tensors and f"{name} (numbers)" in _PLAIN):
         function = _PLAIN.get(kind) or _PLAIN[f"{name} (numbers)"]
         return lambda _module, _values, *args: function(*args)
@@ -342,6 +349,21 @@ def _slice_of_tuple(node: Any, _module: Scripted) -> Callable[..., Any]:
     return lambda _m, _v, items: items[start:stop]
 
 
+def _isinstance(node: Any, _module: Scripted) -> Callable[..., Any]:
+    kinds = [t.kind() for t in node.tys("types")]
+    if unknown := [k for k in kinds if k not in _TYPES]:
+        raise _Unsupported(f"prim::isinstance of {unknown[0]}")
+    types = tuple(_TYPES[k] for k in kinds)
+    return lambda _m, _v, value: isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
+
+
+_TYPES: dict[str, type] = {
+    "TensorType": torch.Tensor, "NoneType": type(None), "BoolType": bool, "IntType": int, "FloatType": float,
+    "StringType": str, "ListType": list, "TupleType": tuple, "DictType": dict, "AnyListType": list,
+    "AnyTupleType": tuple,
+}  # fmt: skip
+
+
 def _raise(message: str, *_: Any) -> None:
     raise RuntimeError(message)
 
@@ -358,6 +380,7 @@ _BUILDERS: dict[str, Callable[[Any, Scripted], Callable[..., Any]]] = {
     "prim::ListUnpack": _tuple_unpack,
     "prim::TupleSlice": _slice_of_tuple,
     "prim::DictConstruct": _dict_construct,
+    "prim::isinstance": _isinstance,
 }
 
 
@@ -452,7 +475,8 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "aten::join": lambda sep, items: sep.join(items),
     "aten::is_scripting": lambda: True,
     "aten::is_autocast_enabled": lambda: False,
-    "aten::is_grad_enabled": torch.is_grad_enabled,
+    # Without gradients the fused kernels of attention would run, which hide what happens inside.
+    "aten::is_grad_enabled": lambda: True,
     "aten::set_grad_enabled": lambda _: None,
     "add (numbers)": operator.add,
     "add_ (numbers)": operator.iadd,
@@ -567,9 +591,6 @@ def open_torchscript(source: Path | torch.jit.ScriptModule, device: Any = None) 
             f"it runs as one operation, because it cannot be taken apart: {str(error).strip().splitlines()[-1]}"
         )
         return Opened(script, name, notes=notes)
-    opaque = {path: m.opaque for path, m in module.named_modules() if isinstance(m, Scripted) and m.opaque}
-    for path, kind in opaque.items():
-        notes.append(f"{path or 'the program'} runs as one operation: {kind} cannot be watched from Python")
     if len(required := required_inputs(script)) != 1:
         raise Unsupported(
             f"{name}.forward needs {len(required)} inputs ({', '.join(required)}), innersight gives it one image batch"
@@ -607,8 +628,13 @@ def compare(opened: Opened) -> Opened:
     same, theirs = run(module, noise[:1]), run(script, noise[:1])
     module.functions.as_traced = False
     error = max((_difference(a, b) for a, b in zip(same, theirs, strict=True)), default=0.0)
+    for path, part in module.named_modules():
+        if isinstance(part, Scripted) and part.opaque:
+            opened.notes.append(
+                f"{path or 'the program'} runs as one operation: {part.opaque} cannot be watched from Python"
+            )
     if error > 1e-3:
-        module.opaque = "the whole program"
+        module.opaque = "all of it"
         opened.notes.append(
             f"it runs as one operation: taken apart it differed from TorchScript's run by {error:.1g} of the output"
         )
