@@ -1,9 +1,10 @@
 """Try the observer on every architecture of torchvision and on one of each timm module: `make sweep`.
 
 For each, with random weights: the output under the observer equals the plain output, every value that a forward hook
-can see equals what the hook sees, the input has a finite gradient (or the refusal is clear), and the model is left as
-it was found, from train mode. Results are appended to a JSON-lines file, so that a broken run is taken up where it
-stopped; the table of all of them is written to the documentation.
+can see equals what the hook sees, the input has a finite gradient (or the refusal is clear), removing channels of a
+layer and running only what follows gives what whole runs give, and the model is left as it was found, from train mode.
+Results are appended to a JSON-lines file, so that a broken run is taken up where it stopped; the table of them all is
+written to the documentation.
 
     python benchmarks/sweep.py [--family torchvision|timm] [--only NAME] [--out docs/sweep.md] [--again]
 """
@@ -28,6 +29,7 @@ from torch import nn
 from innersight import errors, targets
 from innersight.observe import observer
 from innersight.observe.passes import Engine, Request
+from innersight.observe.replay import Replay
 
 LARGEST = 150_000_000  # parameters; larger ones do not fit beside others into a common machine
 PICTURES = [(3, s, s) for s in (96, 128, 224, 256, 288, 384)]
@@ -233,6 +235,7 @@ def examine(name: str) -> dict[str, Any]:
         wanted = {i for calls in recording.aliases.values() for i in calls} & names.keys()
         read = engine.run(x, Request(read=[names[i] for i in sorted(wanted)]))
         gradient = input_gradient(engine, x)
+        replayed = "" if is_detector(module) else replay(engine, x, recording)
     seconds = time.perf_counter() - started
     result: dict[str, Any] = {"input": list(x.shape[1:]), "parameters": parameters, "layers": len(recording.layers)}
     pairs = list(zip(observer.tensors_in(read.output), observer.tensors_in(expected), strict=True))
@@ -254,6 +257,7 @@ def examine(name: str) -> dict[str, Any]:
         "output_fused": max((difference(a, b) for a, b in fused), default=0.0),
         "difference": worst,
         "gradient": gradient,
+        "replay": replayed,
         "state": ", ".join(changed(before, state(module))) or "unchanged",
         "seconds": round(seconds, 2),
     }
@@ -267,6 +271,26 @@ def input_gradient(engine: Engine, x: torch.Tensor) -> str:
     if gradient is None:
         return "none"
     return "finite" if bool(torch.isfinite(gradient).all()) else "NOT FINITE"
+
+
+def replay(engine: Engine, x: torch.Tensor, recording: observer.Recording) -> str:
+    """Two channels of a layer two thirds down the network removed: by replay, and by whole runs."""
+    layers = [n for n in recording.layers if n.parameters and not n.inplace]
+    if not layers:
+        return "no layer"
+    layer = layers[len(layers) * 2 // 3]
+    runs = Replay(engine, x, layer.name)
+    axis = 1 if runs.value.dim() > 3 and layer.op != "linear" else runs.value.dim() - 1
+    channels = range(min(2, runs.value.shape[axis]))
+    found = list(observer.tensors_in(runs.run(runs.without(channels, axis))))
+    worst = 0.0
+    for index, channel in enumerate(channels):
+        value = runs.without([channel], axis)
+        whole = engine.run(x, Request(change={layer.name: lambda _, v=value: v.clone()})).output  # type: ignore[misc]
+        for a, b in zip(found, observer.tensors_in(whole), strict=True):
+            scale = float(b.abs().max()) or 1.0
+            worst = max(worst, difference(a.narrow(0, index * b.shape[0], b.shape[0]), b) / scale)
+    return f"{worst:.0e}" + ("" if runs.skips else " whole") + ("" if runs.together else " alone")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +330,8 @@ def results_in(log: Path) -> dict[str, dict[str, Any]]:
 def good(r: dict[str, Any]) -> bool:
     return (
         "failed" not in r and "skipped" not in r and r["output"] == 0 and r["difference"] == 0
-        and r["output_fused"] <= 1e-5 and r["state"] == "unchanged" and r["gradient"] not in ("NOT FINITE",)
+        and r["output_fused"] <= 1e-5 and r["state"] == "unchanged" and r["gradient"] != "NOT FINITE"
+        and (not r["replay"] or r["replay"] == "no layer" or float(r["replay"].split()[0]) <= 1e-3)
     )  # fmt: skip
 
 
@@ -330,30 +355,34 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         f"- output equal bit for bit: {count(lambda r: not r['output'])} (fused attention off in the plain run)",
         f"- output within 1e-5 of the plain run as it is: {count(lambda r: r['output_fused'] <= 1e-5)}",
         f"- every map equal to what a hook sees: {count(lambda r: not r['difference'])}, "
-        f"{sum(r['maps'] for r in done):,} maps of {sum(r['layers'] for r in done):,} layers compared "
-        "(functional operations are out of a hook's reach)",
+        f"{sum(r['maps'] for r in done):,} module outputs compared; {sum(r['layers'] for r in done):,} layers observed, "
+        "functional operations included, which no hook reaches",
         f"- finite gradient of the input: {count(lambda r: r['gradient'] == 'finite')}; "
         f"clearly refused: {count(lambda r: r['gradient'].startswith('refused'))}; "
         f"none, since the answer does not depend on the picture: {count(lambda r: r['gradient'] == 'none')}",
+        f"- two channels of a layer removed by running only what follows it, within 1e-3 of whole runs: "
+        f"{count(lambda r: r['replay'][:1].isdigit() and float(r['replay'].split()[0]) <= 1e-3)} "
+        f"({sum('whole' in r['replay'] for r in done)} of them could not skip, "
+        f"{sum('alone' in r['replay'] for r in done)} could not be batched; detectors were not tried)",
         f"- model, buffers, flags, hooks and random state unchanged, from train mode: "
         f"{count(lambda r: r['state'] == 'unchanged')}",
         "",
         "Left out: " + "; ".join(f"{k} ({v})" for k, v in SKIPPED.items()) + ".",
         "",
-        "| model | input | layers | maps compared | largest difference | output | gradient | state | s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | input | layers | maps compared | largest difference | output | gradient | replay | state | s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in sorted(results.items()):
         if "skipped" in r or "failed" in r:
             why = f"left out: {r['skipped']}" if "skipped" in r else f"FAILED: {r['failed']}"
-            lines.append(f"| {name} | {why} | | | | | | | |")
+            lines.append(f"| {name} | {why} | | | | | | | | |")
             continue
         output = "equal" if not r["output_fused"] else f"equal; fused {r['output_fused']:.0e}"
         output = output if not r["output"] else f"{r['output']:.1e}"
         shape = "x".join(map(str, r["input"]))
         lines.append(
             f"| {name} | {shape} | {r['layers']} | {r['maps']} | {r['difference']:.2g} | {output} | {r['gradient']} "
-            f"| {r['state']} | {r['seconds']} |"
+            f"| {r['replay']} | {r['state']} | {r['seconds']} |"
         )
     return "\n".join(lines) + "\n"
 
