@@ -17,6 +17,7 @@ from torch.overrides import _len_torch_function_stack
 
 from innersight.observe import guard
 from innersight.observe.passes import Engine, Request
+from innersight.testing import left_as_found
 
 
 class Troublesome(nn.Module):
@@ -267,3 +268,19 @@ def test_seeding_is_undone():
         guard.seed(net, 7)
         assert torch.equal(first, torch.rand(2))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_statistics_that_a_model_updates_even_in_eval_mode_are_put_back():
+    """`batch_norm(training=True)` writes running statistics without torch counting it as a write."""
+
+    class Insists(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            return nn.functional.batch_norm(x, self.bn.running_mean, self.bn.running_var, training=True)
+
+    module = Insists()
+    with left_as_found(module), guard.as_found(module):
+        module(torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)) + 3)

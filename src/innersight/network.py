@@ -489,7 +489,6 @@ class Network:
             for i in range(len(x)):
                 replay = Replay(self.engine, x[i : i + 1], layer)
                 skips &= replay.skips
-                clean = replay.value
 
                 def scores(value: torch.Tensor, image: int = i, replay: Replay = replay) -> torch.Tensor:
                     raw = replay.run(value)
@@ -498,14 +497,12 @@ class Network:
                         texts.extend(goal.texts(main[:1], [image]))
                     return goal.score(raw, main, [image] * main.shape[0]).float()
 
-                base[i] = float(scores(clean)[0])
+                base[i] = float(scores(replay.value)[0])
                 room = (self.engine.budget or free_memory(x.device) // 4) / max(replay.image_bytes(), 1)
                 step = int(max(1, min(room, 32 if x.device.type == "cpu" else 256)))
                 for start in range(0, count, step):
                     part = range(start, min(start + step, count))
-                    without = clean.expand(len(part), *clean.shape[1:]).clone()
-                    for row, channel in enumerate(part):
-                        without[row].select(axis - 1, channel).zero_()
+                    without = replay.without(part, axis)
                     values[i, start : start + len(part)] = (scores(without).cpu() - base[i]).numpy()
         note = () if skips else (f"{self.name} cannot be run from the middle, so each removal was a whole run",)
         return results.Sensitivity(

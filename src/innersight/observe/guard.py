@@ -52,26 +52,20 @@ def _has_buffers(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.ScriptModule) and bool(module._buffers)
 
 
-def _buffers_of(module: nn.Module) -> dict[str, tuple[torch.Tensor | None, int | None, torch.Tensor | None]]:
-    return {
-        name: (b, None if b is None else _version(b), None if b is None else b.detach().clone())
-        for name, b in module._buffers.items()
-    }
+def _buffers_of(module: nn.Module) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    return {name: (b, None if b is None else b.detach().clone()) for name, b in module._buffers.items()}
 
 
 def _put_back_buffers(module: nn.Module, before: dict) -> None:
     for name in [n for n in module._buffers if n not in before]:
         del module._buffers[name]
-    for name, (buffer, version, copy) in before.items():
+    for name, (buffer, copy) in before.items():
         if module._buffers.get(name) is not buffer:
             module._buffers[name] = buffer
-        if buffer is not None and (version is None or _version(buffer) != version):
+        # Values are compared, not versions: batch_norm writes its statistics without counting it as a write.
+        if buffer is not None and not torch.equal(buffer, copy):
             with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
                 buffer.copy_(copy)
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def _random_state(module: nn.Module) -> dict[str, Any]:
