@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from innersight.observe.observer import Node, Recording
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layer:
     """One place in the run of a network.
 
@@ -31,9 +31,13 @@ class Layer:
     grid_note: str
     parameters: int
     receptive_field: ReceptiveField | None
-    node: Node = field(repr=False, compare=False)
-    layout: Layout | None = field(repr=False, compare=False)
-    _effective: Callable[..., Any] = field(repr=False, compare=False)
+    node: Node = field(compare=False)
+    layout: Layout | None = field(compare=False)
+    _effective: Callable[..., Any] = field(compare=False)
+
+    def __repr__(self) -> str:
+        sees = "" if self.receptive_field is None or self.grid is None else f", sees {self.receptive_field}"
+        return f"<Layer {self.name}: {self.kind}, {_output(self)}{sees}>"
 
     @property
     def spatial(self) -> bool:
@@ -125,9 +129,6 @@ HEADER = ("layer", "kind", "output", "receptive field", "stride", "centre", "par
 
 
 def _row(layer: Layer) -> tuple[str, ...]:
-    shape = "x".join(map(str, layer.shape))
-    if layer.grid is not None and layer.grid != layer.shape:
-        shape += f" as {'x'.join(map(str, layer.grid))}"
     f = layer.receptive_field
     seen = (
         ("", "", "")
@@ -136,7 +137,14 @@ def _row(layer: Layer) -> tuple[str, ...]:
     )
     if f is not None and f.whole:
         seen = ("whole picture", "", "")
-    return layer.name, layer.kind, shape, *seen, f"{layer.parameters:,}" if layer.parameters else ""
+    return layer.name, layer.kind, _output(layer), *seen, f"{layer.parameters:,}" if layer.parameters else ""
+
+
+def _output(layer: Layer) -> str:
+    shape = "x".join(map(str, layer.shape))
+    if layer.grid is not None and layer.grid != layer.shape:
+        shape += f" as {'x'.join(map(str, layer.grid))}"
+    return shape
 
 
 def _pair(values: tuple) -> str:
