@@ -15,6 +15,7 @@ Wherever a target is asked for, these are taken:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from innersight import errors
+from innersight.observe.observer import tensors_in
 
 _MAIN = (
     "logits",
@@ -64,15 +66,21 @@ class Classes:
 
     def index(self, which: int | str, count: int) -> int:
         """The output that `which` means; raises UnknownName with the nearest names."""
-        if isinstance(which, str) and which not in (self.labels or ()) and which.lstrip("-").isdigit():
+        if isinstance(which, str) and which not in (self.labels or ()) and which.lstrip("-").isdecimal():
             which = int(which)
         if isinstance(which, str):
             return self._named(which)
-        if not -count <= int(which) < count:
+        try:
+            number = operator.index(which)
+        except TypeError:
+            raise errors.InputError(
+                f"{which!r} is no class; give a class by number or name, or None for the predicted one"
+            ) from None
+        if not -count <= number < count:
             raise errors.UnknownName(
-                f"class {which} is out of range: the network has {count} outputs, numbered 0 to {count - 1}"
+                f"class {number} is out of range: the network has {count} outputs, numbered 0 to {count - 1}"
             )
-        return int(which) % count
+        return number % count
 
     def _named(self, name: str) -> int:
         if not self.labels:
@@ -93,6 +101,9 @@ class Classes:
         ]
         if len(synonyms) == 1:
             return synonyms[0]
+        if synonyms:
+            said = ", ".join(f"{i} ({self.labels[i]})" for i in synonyms)
+            raise errors.UnknownName(f"{name!r} names {len(synonyms)} classes; say which by number: {said}")
         raise errors.unknown("class", name, self.labels, " in this network")
 
 
@@ -124,7 +135,7 @@ def main_tensor(output: Any, choice: str | int | None = None, count: int | None 
         return detected_classes(output, count), note
     if not tensors:
         for value in entries.values():
-            if isinstance(value, (Mapping, tuple, list)):
+            if isinstance(value, (Mapping, tuple, list)) and any(t.is_floating_point() for t in tensors_in(value)):
                 return main_tensor(value)
         raise errors.Unsupported(f"the network returned {type(output).__name__} without a tensor of numbers in it")
     key = next((k for k in _MAIN if k in tensors), None) or next(
@@ -178,9 +189,12 @@ def class_scores(main: torch.Tensor) -> torch.Tensor:
 
 def detected_classes(output: Sequence[Mapping[str, torch.Tensor]], count: int | None = None) -> torch.Tensor:
     """(n, K): for each class the score of the best object of it that was detected, 0 where there is none."""
-    highest = max((int(d["labels"].max()) for d in output if d["labels"].numel()), default=0)
+    labels = [d.get("labels", torch.zeros_like(d["scores"])).long() for d in output]
+    highest = max((int(of_image.max()) for of_image in labels if of_image.numel()), default=0)
     empty = output[0]["scores"].new_zeros(max(count or 0, highest + 1))
-    return torch.stack([empty.scatter_reduce(0, d["labels"], d["scores"], "amax") for d in output])
+    return torch.stack(
+        [empty.scatter_reduce(0, of_image, d["scores"], "amax") for of_image, d in zip(labels, output, strict=True)]
+    )
 
 
 def winner(main: torch.Tensor) -> torch.Tensor:
@@ -266,16 +280,21 @@ def difference(a: Any, b: Any) -> _Deferred:
 
 
 def probability(of: Any = None) -> _Deferred:
-    """The probability of a class (softmax over the outputs) rather than its logit."""
+    """The probability of a class rather than its logit: softmax over the outputs, or the sigmoid of a single one."""
 
     def build(count: int, classes: Classes) -> Target:
         inner = resolve(of, count, classes)
         return Target(
-            lambda raw, main, part: inner.score(raw, class_scores(main).softmax(1), part),
+            lambda raw, main, part: inner.score(raw, probabilities(class_scores(main)), part),
             lambda main, part: [f"probability of {t}" for t in inner.texts(main, part)],
         )
 
     return _Deferred(build)
+
+
+def probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """`(n, K)` logits as probabilities; one output alone is that of a yes or no."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
 def mask(where: Any, of: Any = None) -> _Deferred:
@@ -285,9 +304,12 @@ def mask(where: Any, of: Any = None) -> _Deferred:
     """
 
     def build(count: int, classes: Classes) -> Target:
-        region = torch.as_tensor(np.asarray(where)).bool()
+        given = where.detach().cpu() if isinstance(where, torch.Tensor) else where
+        region = torch.as_tensor(np.asarray(given)).bool()
         if region.dim() not in (2, 3) or not bool(region.any()):
             raise errors.InputError("a mask is a boolean array (H, W) or (N, H, W) that marks at least one pixel")
+        if region.dim() == 3 and len(region) not in (1, count):
+            raise errors.InputError(f"{len(region)} masks were given for {count} images; give one, or one for each")
         region = region.expand(count, *region.shape[-2:])
 
         def pick(main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
@@ -319,7 +341,10 @@ def box(where: Sequence[float], of: Any = None) -> _Deferred:
     """The score of the detected object that overlaps the box `(left, top, right, bottom)` most, in input pixels."""
 
     def build(_count: int, classes: Classes) -> Target:
-        wanted = torch.tensor([float(v) for v in where])
+        try:
+            wanted = torch.tensor([float(v) for v in where])
+        except (TypeError, ValueError):
+            wanted = torch.zeros(4)
         if wanted.numel() != 4 or not (wanted[2] > wanted[0] and wanted[3] > wanted[1]):
             raise errors.InputError(
                 "a box is (left, top, right, bottom) in pixels of the input, with left < right and top < bottom"
@@ -359,7 +384,8 @@ def embedding(vector: Any) -> _Deferred:
     """Similarity (cosine) of the output to a vector `(D,)`, or to one for each image `(N, D)`."""
 
     def build(count: int, _classes: Classes) -> Target:
-        wanted = torch.as_tensor(np.asarray(vector, dtype=np.float32))
+        given = vector.detach().cpu() if isinstance(vector, torch.Tensor) else vector
+        wanted = torch.as_tensor(np.asarray(given, dtype=np.float32))
         if wanted.dim() not in (1, 2) or (wanted.dim() == 2 and wanted.shape[0] != count):
             raise errors.InputError(f"an embedding is a vector (D,) or one for each of the {count} images (N, D)")
         wanted = wanted.expand(count, wanted.shape[-1])
