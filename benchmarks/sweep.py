@@ -355,8 +355,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         f"- output equal bit for bit: {count(lambda r: not r['output'])} (fused attention off in the plain run)",
         f"- output within 1e-5 of the plain run as it is: {count(lambda r: r['output_fused'] <= 1e-5)}",
         f"- every map equal to what a hook sees: {count(lambda r: not r['difference'])}, "
-        f"{sum(r['maps'] for r in done):,} module outputs compared; {sum(r['layers'] for r in done):,} layers observed, "
-        "functional operations included, which no hook reaches",
+        f"{sum(r['maps'] for r in done):,} module outputs compared; of the "
+        f"{sum(r['layers'] for r in done):,} layers observed, functional operations are out of a hook's reach",
         f"- finite gradient of the input: {count(lambda r: r['gradient'] == 'finite')}; "
         f"clearly refused: {count(lambda r: r['gradient'].startswith('refused'))}; "
         f"none, since the answer does not depend on the picture: {count(lambda r: r['gradient'] == 'none')}",
