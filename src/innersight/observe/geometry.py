@@ -369,7 +369,9 @@ def _hull(a: Line, b: Line) -> Line:
     first = tuple(map(min, a.first, b.first))
     last = tuple(map(max, a.last, b.last))
     # An inexact line inside an exact one does no harm.
-    exact = (a.exact or (first, last) == (b.first, b.last)) and (b.exact or (first, last) == (a.first, a.last))
+    exact = (a.exact and (b.exact or (first, last) == (a.first, a.last))) or (
+        b.exact and (first, last) == (b.first, b.last)
+    )
     if a.last[0] < 0 and a.constant:
         return b
     if b.last[0] < 0 and b.constant:
@@ -890,6 +892,8 @@ def _positions(state: State, axis: str) -> set[int]:
 
 def _reconciled(a: State, b: State) -> tuple[State, State]:
     """Both with dimensions that do not contradict each other; what `b` says too much is mixed out of it."""
+    if a.dims == b.dims:
+        return a, b
     for axis in _AXES:
         ours, theirs = _positions(a, axis), _positions(b, axis)
         for d in sorted(ours & theirs):
@@ -930,6 +934,8 @@ def _rank(state: State, dim: Dim) -> tuple:
 
 def _lifted(state: State, dims: tuple[Dim, ...], lengths: tuple[int, int]) -> State:
     """The lines of `state` counted as the atoms of `dims` count; `dims` hold those of the state and perhaps more."""
+    if state.dims == dims:
+        return state
     for k, axis in enumerate(_AXES):
         digits = []
         for own, new in zip(state.dims, dims, strict=True):
@@ -1252,15 +1258,23 @@ def _tuple(value: Any, n: int) -> tuple[int, ...]:
     clamp_max floor ceil round trunc frac remainder fmod lerp addcmul addcdiv where maximum minimum fmax fmin hypot
     atan2 masked_fill eq ne lt le gt ge logical_and logical_or logical_not isnan isfinite nan_to_num floordiv
     floor_divide true_divide multiply subtract divide dropout dropout1d dropout2d dropout3d alpha_dropout
-    feature_dropout feature_alpha_dropout native_dropout contiguous clone to float double half bfloat16 int long bool
-    type type_as cpu cuda detach alias data real requires_grad lift_fresh fake_quantize_per_tensor_affine
+    feature_dropout feature_alpha_dropout native_dropout fake_quantize_per_tensor_affine
     fake_quantize_per_channel_affine logit xlogy bitwise_and bitwise_or and or copysign heaviside swish erfinv tan
-    atan asin acos sinh cosh sinc expit _to_copy positive
+    atan asin acos sinh cosh sinc expit positive
     """.split())  # fmt: skip
 def _pointwise(call: Call) -> State:
     states = call.states()
     # In place, or with scalars: the result has the shape of what it was written into.
     return _fitted(reduce(_joined, states), call.node.shape)
+
+
+@_rule(*"""
+    contiguous clone to float double half bfloat16 int long bool type type_as cpu cuda detach alias data real
+    requires_grad lift_fresh _to_copy
+    """.split())  # fmt: skip
+def _same(call: Call) -> State:
+    """The tensor itself; another one, if given, lends its type alone."""
+    return call.state()
 
 
 @_rule("copy")
@@ -2155,7 +2169,7 @@ def _layout(state: State) -> Layout:
 def _grid(state: State, labels: tuple[str, ...]) -> tuple[int, int] | None:
     atoms = [a for dim in state.dims for a in _atoms(dim)]
     kinds = [a.axis for a in atoms]
-    unclear = any(a.axis in "?f" and a.size > 1 for a in atoms) or kinds.count("n") > 1
+    unclear = any(a.axis == "f" or (a.axis == "?" and a.size > 1) for a in atoms) or kinds.count("n") > 1
     nested = any(isinstance(a, Tokens) and len(dim) > 1 for dim in state.dims for a in dim)
     mixed = any(_along(dim, "c") and any(a.axis in _AXES for a in _atoms(dim)) for dim in state.dims)
     if unclear or nested or mixed or not {"y", "x"} <= set(kinds) or len(labels) < 2:
