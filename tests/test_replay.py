@@ -441,3 +441,36 @@ def test_what_precedes_the_layer_does_not_run_again():
             replay.run(batch)
     assert ran.count("convolution") == 1
     assert replay.image_bytes() < sum(p.numel() for p in net.parameters()) * 4 + 4 * 8 * 8 * 4 * 20
+
+
+@pytest.mark.parametrize("layer", ["attn.linear", "attn.linear_1", "attn.scaled_dot_product_attention", "a"])
+def test_attention_that_merges_tokens_and_batch_with_the_batch_running_fastest(layer):
+    torch.manual_seed(0)
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        h = m.a(x).flatten(2).transpose(1, 2)
+        return m.head(m.attn(h, h, h, need_weights=False)[0].amax(1))
+
+    net = Fn(forward, a=conv(3, 8), attn=nn.MultiheadAttention(8, 2, batch_first=True), head=nn.Linear(8, 3))
+    assert compare(net, picture(1, 3, 4, 4), layer, axis=1 if layer == "a" else -1).skips
+
+
+@pytest.mark.parametrize("layer", ["a", "b"])
+def test_data_that_is_set_is_a_write(layer):
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        h = m.a(x)
+        y = h.clone()
+        y.data = h.data * 2
+        return m.head(y * m.b(x)).mean((2, 3))
+
+    compare(Fn(forward, a=conv(3, 4), b=conv(3, 4), head=conv(4, 3)), picture(), layer)
+
+
+def test_a_layer_with_the_batch_elsewhere_in_a_network_that_cannot_be_skipped_through():
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.from_numpy(m.a(x).detach().numpy().mean((1, 2, 3)))
+        h = m.norm(m.a(x).flatten(2).permute(2, 0, 1))  # (HW, N, C)
+        return m.head(h.amax(0) * gate[:, None])
+
+    net = Fn(forward, a=conv(3, 8), norm=nn.LayerNorm(8), head=nn.Linear(8, 3))
+    assert not compare(net, picture(1, 3, 4, 4), "norm", axis=2).together

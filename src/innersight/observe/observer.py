@@ -179,10 +179,15 @@ _RENAMED = {"max_pool1d_with_indices": "max_pool1d", "max_pool2d_with_indices": 
 
 
 def raw_name(func: Callable) -> str:
-    """The name a torch call goes by: `add_`, `__iadd__`, `conv2d`; of an attribute read, the attribute's."""
+    """The name a torch call goes by: `add_`, `__iadd__`, `conv2d`; of an attribute read, the attribute's.
+
+    `x.data = y` is a write like any other: `set_data_`.
+    """
     name = getattr(func, "__name__", None) or type(func).__name__
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", name)
+    if name == "__set__" and getattr(getattr(func, "__self__", None), "__name__", "") == "data":
+        return "set_data_"
     return name.partition(".")[0]  # conv2d.default
 
 

@@ -48,6 +48,7 @@ class Replay:
         except (_CannotSkip, observer.Diverged):
             self.plan = None
             self.value = engine.run(x, Request(read=[layer], output=False)).values[layer]
+            self.together &= self.value.shape[:1] == (1,)  # else which dimension holds the batch is not known
 
     @property
     def skips(self) -> bool:
@@ -66,13 +67,16 @@ class Replay:
         return two if same and len(two.nodes) == len(self.recording.nodes) else None
 
     def _verify(self) -> None:
-        """Where batch and other dimensions are merged, see that the same image twice gives the same output twice."""
+        """Where batch and other dimensions are merged, see that the same image twice gives the same output twice.
+
+        It does not where the batch runs fastest in the merged dimension; then images have to be run one by one.
+        """
         once, twice = (list(observer.tensors_in(self._skipping(torch.cat([self.value] * n, self.batch_dim))))
                        for n in (1, 2))  # fmt: skip
         for a, b in zip(once, twice, strict=True):
             b = b.float().reshape(-1, *a.shape)
             if float((b - a.float()).abs().max()) > 1e-3 * float(a.float().abs().max()):
-                raise _CannotSkip
+                self.together = False
 
     def _clean_run(self, x: torch.Tensor) -> torch.Tensor:
         assert self.plan is not None
@@ -243,7 +247,7 @@ def _plan(recording: Recording, two: Recording | None, node: Node) -> _Plan:
         )
         plan.rearranges = any(
             (d := plan.batch_dim[i, k]) is not None and shape[d] != 1
-            for i in plan.frontier for k, shape in enumerate(nodes[i].shapes)
+            for i in (node.index, *plan.frontier) for k, shape in enumerate(nodes[i].shapes)
         )  # fmt: skip
     plan.writes_input = any(n.inplace and set(n.inputs) & set(recording.inputs) for n in nodes)
     plan.writes = any(nodes[i].inplace for i in plan.dirty)
