@@ -6,9 +6,12 @@ layer's own grid; the network brings them to the picture (bilinear, as the paper
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from innersight.methods import Look, method
+
+if TYPE_CHECKING:  # a list of the methods needs no torch
+    import torch
 
 _READS = ("layer.value", "layer.gradient")
 

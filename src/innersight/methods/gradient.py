@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from innersight.methods import Look, method
+
+if TYPE_CHECKING:  # a list of the methods needs no torch
+    import torch
 
 
 @method(
