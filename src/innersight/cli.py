@@ -1,0 +1,785 @@
+"""The command line: `innersight COMMAND ...`.
+
+Results go to stdout; notes, progress and errors to stderr. It ends with 0, with 2 and one sentence for bad input, with
+130 for an interrupt; a bug in innersight shows its traceback. With `--json` stdout holds one JSON object, of an error
+too: {"error": the sentence, "kind": "UnknownName", "suggestions": [...]}.
+
+Only click is imported at the top: help must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from innersight import __version__, errors
+
+if TYPE_CHECKING:
+    from innersight.methods import Method
+    from innersight.network import Network
+    from innersight.results import FeatureMaps, Predictions, Saliency
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it ends
+
+
+class Commands(click.Group):
+    """The commands, and how whatever goes wrong ends."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of this file
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, complete_var: str | None = None,
+             standalone_mode: bool = True, **extra: Any) -> Any:  # fmt: skip
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, **extra)
+        args = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in args
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a label the terminal cannot spell is no reason to stop
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            with warnings.catch_warnings():
+                if not sys.warnoptions:
+                    warnings.simplefilter("ignore")  # of the libraries, to programmers
+                code = super().main(args, prog_name or "innersight", complete_var, False, **extra)
+            sys.stdout.flush()  # a reader that has gone is noticed here
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = 2
+        except (click.ClickException, errors.InnersightError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor will the flush at exit complain
+                code = 1
+            else:
+                _refuse(error, as_json)
+                code = 2
+        except click.Abort:
+            _say("innersight: interrupted")
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(error: Exception, as_json: bool) -> None:
+    said = _sentence(error)
+    if as_json:
+        record: dict[str, Any] = {"error": said, "kind": type(error).__name__}
+        if isinstance(error, errors.UnknownName):
+            record["suggestions"] = error.suggestions
+        _print_json(record)
+    _say(f"innersight: {said}")
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, click.UsageError):
+        said = error.format_message()
+        if isinstance(error, click.NoSuchOption):
+            near = f"; did you mean {' or '.join(error.possibilities)}?" if error.possibilities else ""
+            said = f"no such option {error.option_name}{near}"
+        help_line = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        return said[:1].lower() + said[1:].rstrip(".") + help_line
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and not isinstance(error, errors.InnersightError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return _as_options(" ".join(str(error).split()))
+
+
+_FLAGS = {"output=": "--output-name ", "layers=": "--layer ", "trust=True": "--trust", "limit=None": "--limit 0"}
+_KEYWORD = re.compile(
+    r"(?<![\w.-])(?:trust=True|limit=None|(?:arch|weights|labels|layers?|input_shape|preprocess|output|device|target)=)"
+)
+
+
+def _as_options(text: str) -> str:
+    """A sentence of the library with its keywords as the options they are here.
+
+    >>> _as_options("class 3 (labels= gives names); or pass trust=True")
+    'class 3 (--labels gives names); or pass --trust'
+    """
+    named = _KEYWORD.sub(lambda k: _FLAGS.get(k[0]) or f"--{k[0][:-1].replace('_', '-')} ", text)
+    return re.sub(r"(--[a-z-]+) (?=[ ,;:.)])", r"\1", named)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def _say(text: str, **style: Any) -> None:
+    """A line for people, on stderr."""
+    from rich.console import Console
+
+    with contextlib.suppress(BrokenPipeError):
+        Console(stderr=True, markup=False, highlight=False, emoji=False).print(text, soft_wrap=True, **style)
+
+
+def _notes(notes: Iterable[str]) -> None:
+    for note in dict.fromkeys(notes):
+        _say(f"note: {_as_options(note)}", style="dim")
+
+
+def _print_json(record: Any) -> None:
+    from innersight.results import jsonable
+
+    click.echo(json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False, indent=2))
+
+
+@contextlib.contextmanager
+def _doing(what: str) -> Iterator[None]:
+    """What takes its time, beside a spinner on a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (),
+           spare: Sequence[str] = ()) -> None:  # fmt: skip
+    """Print a table, on a terminal no wider than that: `spare` columns go, first to last, before cells are folded."""
+    from rich.console import Console
+
+    columns = [[name, *cells] for name, *cells in zip(header, *rows, strict=True)]
+    columns = [c for c in columns if any(c[1:])]
+    console = Console(markup=False, highlight=False, emoji=False)
+
+    def width() -> int:
+        return sum(max(map(len, c)) + 2 for c in columns) - 2
+
+    if not console.is_terminal:
+        click.echo("\n".join(_aligned(columns, right)))
+        return
+    gone = []
+    for name in spare:
+        if width() > console.width and name in [c[0] for c in columns]:
+            columns = [c for c in columns if c[0] != name]
+            gone.append(name)
+    console.print(_rich_table(columns, right))
+    if gone:
+        _notes([f"this terminal is too narrow for {' and '.join(gone)}; a wider one, a pipe and --json show more"])
+
+
+def _aligned(columns: Sequence[Sequence[str]], right: Sequence[str]) -> Iterator[str]:
+    padded = []
+    for column in columns:
+        w = max(map(len, column))
+        column = [column[0], "-" * w, *column[1:]]
+        padded.append([cell.rjust(w) if column[0] in right else cell.ljust(w) for cell in column])
+    for row in zip(*padded, strict=True):
+        yield "  ".join(row).rstrip()
+
+
+def _rich_table(columns: Sequence[Sequence[str]], right: Sequence[str]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(Text(column[0]), justify="right" if column[0] in right else "left", overflow="fold")
+    for row in zip(*(column[1:] for column in columns), strict=True):
+        table.add_row(*map(Text, row))
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked for
+
+
+class Shape(click.ParamType):
+    """C,H,W or CxHxW."""
+
+    name = "C,H,W"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = re.split(r"[,x ]+", value.strip("()[] "))
+        if not all(p.isdecimal() and int(p) > 0 for p in parts):
+            self.fail(f"{value!r} is no shape; write channels, height and width as 3,224,224 or 3x224x224", param, ctx)
+        return tuple(map(int, parts))
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that a command line names, not opened yet."""
+
+    source: str
+    preprocess: tuple[str, ...]
+    labels: str | None
+    options: Mapping[str, Any]
+
+    def open(self) -> Network:
+        """The network, with the user's word on preprocessing over the model's, field by field."""
+        record = _preprocess_record(self.preprocess)
+        whole = "size" in record
+        with _doing(f"opening {self.source}"):
+            import innersight
+
+            net = innersight.open(
+                self.source, labels=self._labels(), preprocess=record if whole else None, **self.options
+            )
+            if record and not whole:
+                stated = net.preprocess or innersight.Preprocess.for_shape(net.input_shape or ())
+                net.preprocess = innersight.Preprocess.from_json({**stated.to_json(), **record})
+            if record and net.preprocess is not None:
+                net.notes.append(f"pictures are prepared as asked: {net.preprocess.describe()}")
+        return net
+
+    def _labels(self) -> Any:
+        if self.labels and "," in self.labels and not os.path.exists(self.labels):
+            return [label.strip() for label in self.labels.split(",")]
+        return self.labels
+
+
+def _preprocess_record(given: Sequence[str]) -> dict[str, Any]:
+    """`mean=0.5,0.5,0.5 std=0.2` or a file with that as JSON."""
+    record: dict[str, Any] = {}
+    for text in given:
+        if "=" not in text or os.path.exists(text):
+            try:
+                part = json.loads(Path(text).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise errors.InputError(f"{text} holds no JSON: {error}") from error
+            if not isinstance(part, dict):
+                raise errors.InputError(f'{text} holds no JSON object like {{"size": [224, 224], "mean": [0.5]}}')
+            record.update(part)
+            continue
+        for pair in re.split(r"[\s;]+|,(?=[a-z_]+=)", text.strip()):
+            name, _, text = pair.partition("=")
+            value = _field(text)
+            if isinstance(value, str) and name not in ("channels", "resize", "interpolation", "crop_rounding"):
+                raise errors.InputError(f"preprocess {name} is a number, or one for each channel, not {text!r}")
+            record[name] = value
+    return record
+
+
+def _field(text: str) -> Any:
+    """A value of a preprocess record: numbers (1/255 too), several of them as a list, else the word."""
+    parts = [p for p in re.split(r"[,x](?=[\d.])", text.strip("()[]")) if p]
+    try:
+        numbers = [_number(p) for p in parts]
+    except (ValueError, ZeroDivisionError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    return numbers if len(numbers) != 1 else numbers[0]
+
+
+def _number(text: str) -> float | int:
+    above, slash, below = text.partition("/")
+    if slash:
+        return float(above) / float(below)
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def _on_model(images: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """MODEL and how it is opened, as one argument `model`; IMAGE... where asked for; and --json."""
+    names = ("weights", "arch", "input_shape", "output_name", "device", "trust")
+    options = [
+        click.argument("model"),
+        *([click.argument("images", nargs=-1, required=True, metavar="IMAGE...")] if images else []),
+        click.option("--weights", metavar="FILE|none", help="For a model by name; 'none' leaves it untrained."),
+        click.option("--arch", metavar="PKG.MOD:FACTORY", help="What network a file of weights is for."),
+        click.option("--labels", metavar="FILE|A,B,...", help="Class names, in the order of the outputs."),
+        click.option("--input-shape", type=Shape(), help="Of one input: 3,224,224 or 3x224x224."),
+        click.option("--preprocess", multiple=True, metavar="KEY=VALUE...|FILE.json",
+                     help="How pictures are prepared, over what the model says: 'mean=0.5,0.5,0.5 std=0.2'."),
+        click.option("--output-name", metavar="NAME", help="Which of several outputs is the answer."),
+        click.option("--device", metavar="cpu|cuda", help="Where to run."),
+        click.option("--trust", is_flag=True, help="Allow files that run code when they are loaded."),
+        _json_option,
+    ]  # fmt: skip
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def gathered(model: str, labels: str | None, preprocess: tuple[str, ...], **rest: Any) -> None:
+            opening = {name.removesuffix("_name"): rest.pop(name) for name in names}
+            command(Model(model, preprocess, labels, opening), **rest)
+
+        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), gathered)
+
+    return decorate
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def _out_option(default: str) -> Callable[..., Any]:
+    return click.option(
+        "--out", "outs", multiple=True, type=click.Path(path_type=Path), default=(default,), metavar="FILE",
+        help=f".png .pdf .svg a picture, .npz .safetensors the values; repeatable. Default: {default}.",
+    )  # fmt: skip
+
+
+def _split(given: Sequence[str]) -> list[str]:
+    """Repeated options and comma lists as one list, each once."""
+    return list(dict.fromkeys(part.strip() for text in given for part in text.split(",") if part.strip()))
+
+
+def _check_outs(outs: Sequence[Path]) -> None:
+    """Refuse what cannot be written before anything is computed for it."""
+    from innersight import results
+
+    for path in outs:
+        results._check_suffix(path)
+        results._check_place(path)
+        if not os.access(path.parent, os.W_OK):
+            raise errors.InputError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} is read-only")
+
+
+def _check_images(images: Sequence[str]) -> None:
+    """Refuse a path that leads nowhere before a model is opened, perhaps downloaded, for it."""
+    from innersight.images import _find
+
+    for path in images:
+        next(_find(path), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+@click.group(cls=Commands, name="innersight", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="innersight %(version)s")
+def main() -> None:
+    """See inside a vision network.
+
+    MODEL is torchvision:NAME, timm:NAME, hf:NAME, or a file: TorchScript, torch.export (.pt2), or weights
+    (.safetensors, .pth) together with --arch. IMAGE is a picture, a folder or a glob; there may be several.
+
+    \b
+      innersight demo                       (start here)
+      innersight layers  torchvision:resnet18
+      innersight maps    torchvision:resnet18 dog.jpg --layer conv1 --out maps.png
+      innersight explain torchvision:resnet18 dog.jpg --method gradcam --out heat.png
+
+    Results go to stdout, notes to stderr. Exit code 0; 2 for bad input, with one sentence; 130 for an interrupt. With
+    --json, errors are an object {"error": ...} on stdout, too.
+    """
+
+
+@main.command()
+@click.option("--data", type=click.Choice(["digits", "mnist"]), default="digits", show_default=True,
+              help="Those of scikit-learn, which need no network, or MNIST.")  # fmt: skip
+@click.option("--root", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where the files of MNIST are; without it they are downloaded.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=Path("innersight-demo"), show_default=True,
+              metavar="DIR", help="The folder that is written.")  # fmt: skip
+@click.option("--epochs", type=click.IntRange(min=1), metavar="N", help="Default: as many as the data needs.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@_json_option
+def demo(out: Path, as_json: bool, **options: Any) -> None:
+    """Train a small network on digits and look inside.
+
+    Writes pictures, words, numbers and the weights into a folder: what the channels see, which digits depend on them,
+    and what the network looked at in its worst mistakes.
+    """
+    with _doing("loading"):
+        import innersight.demo as first_minutes
+
+    with _stages(quiet=as_json) as progress:
+        result = first_minutes.run(out=out, progress=progress, **options)
+    if as_json:
+        _print_json(result)
+    else:
+        for line in result.lines():
+            click.echo(_wrapped(line))
+
+
+def _wrapped(line: str) -> str:
+    """A sentence in lines of the terminal's width; commands (indented) stay in one piece, to be copied."""
+    if line.startswith(" ") or not sys.stdout.isatty():
+        return line
+    width = min(shutil.get_terminal_size().columns, 120)
+    return textwrap.fill(line, width, subsequent_indent="  " if line.startswith("- ") else "")
+
+
+@contextlib.contextmanager
+def _stages(quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Called as progress(stage, done, total, text): bars on a terminal, else a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    if not console.is_terminal:
+        yield _plain_progress if not quiet else lambda *_: None
+        return
+    text = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=Column(min_width=8)), BarColumn(12),
+        TimeElapsedColumn(), TextColumn("{task.fields[text]}", markup=False, style="dim", table_column=text),
+    )  # fmt: skip
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console, expand=True) as bars:
+
+        def progress(stage: str, done: int, total: int, text: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, text="")
+            bars.update(tasks[stage], completed=done, total=total, text=text)
+
+        yield progress
+
+
+def _plain_progress(stage: str, done: int, total: int, text: str) -> None:
+    if done in (0, total) or done % max(1, total // 10) == 0:
+        count = f" {done}/{total}" if total > 1 else ""
+        if text or done == total:
+            _say(f"{stage}{count}{': ' if text else ''}{text}")
+
+
+@main.command()
+@click.option("--all", "everything", is_flag=True, help="Views and copies (flatten, permute, ...), too.")
+@click.option("--effective", is_flag=True, help="Add the box of the input that holds 90% of a unit's squared gradient.")
+@_on_model()
+def layers(model: Model, everything: bool, effective: bool, as_json: bool) -> None:
+    """The layers of MODEL, in the order they run.
+
+    The receptive field is exact: the pixels of the input that one value depends on; stride and centre say how it
+    moves. With --effective the smaller box that most of it comes from, on noise.
+    """
+    from innersight import layers as table
+
+    net = model.open()
+    with _doing(f"running {net.name}"):
+        found = net.layers
+        listed = _all_layers(found) if everything else list(found.values())
+    boxes = _effective_boxes(listed) if effective else {}
+    if as_json:
+        rows = [layer.to_json() for layer in listed]
+        if effective:
+            rows = [{**row, "effective": boxes.get(row["name"])} for row in rows]
+        parameters = sum(layer.parameters for layer in found.values())
+        _print_json({**_about(net), "parameters": parameters, "layers": rows})
+        return
+    cells = [table._row(layer) for layer in listed]
+    header: tuple[str, ...] = table.HEADER
+    if effective:
+        header = (*header[:6], "effective", *header[6:])
+        cells = [(*row[:6], _box_size(boxes.get(row[0])), *row[6:]) for row in cells]
+    _table(header, cells, right=("parameters",), spare=("centre", "kind", "stride"))
+    click.echo(f"\n{net.name}: {repr(found).strip('<>')}")
+    _notes(net.notes)
+
+
+def _all_layers(found: Any) -> list[Any]:
+    return [found[node.name] for node in found._recording.nodes if node.kind != "input"]
+
+
+def _effective_boxes(listed: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    spatial = [layer for layer in listed if layer.spatial]
+    boxes = {}
+    for layer in track(spatial, "effective fields", console=console, transient=True, disable=not console.is_terminal):
+        with contextlib.suppress(errors.Unsupported):  # a layer without a gradient has none
+            boxes[layer.name] = layer.effective_receptive_field()
+    return boxes
+
+
+def _box_size(box: Sequence[int] | None) -> str:
+    return "" if box is None else f"{box[2] - box[0]}x{box[3] - box[1]}"
+
+
+def _about(net: Network) -> dict[str, Any]:
+    return {
+        "network": net.name,
+        "input_shape": net.input_shape,
+        "classes": None if net.labels is None else len(net.labels),
+        "preprocess": net.preprocess,
+        "device": str(net.device),
+        "notes": net.notes,
+    }
+
+
+@main.command()
+@click.option("--layer", "names", multiple=True, metavar="NAME", help="Repeatable, or a comma list; 'all' for every "
+              "layer with maps. Default: the first that has some.")  # fmt: skip
+@click.option("--columns", type=click.IntRange(min=1), metavar="N", help="Of the grid; default about square.")
+@click.option("--scale", type=click.Choice(["each", "shared"]), default="each", show_default=True,
+              help="Every map on its own scale, or all of a layer on one.")  # fmt: skip
+@click.option("--order", type=click.Choice(["index", "activation"]), default="index", show_default=True,
+              help="By channel number, or the most active first.")  # fmt: skip
+@click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=256,
+    show_default=True,
+    help="Maps on a page; 0 for all.",
+)
+@click.option("--page", type=click.IntRange(min=1), metavar="N", default=1, show_default=True)
+@_out_option("maps.png")
+@_on_model(images=True)
+def maps(model: Model, images: tuple[str, ...], names: tuple[str, ...], outs: tuple[Path, ...], limit: int,
+         as_json: bool, **drawing: Any) -> None:  # fmt: skip
+    """The feature maps of MODEL for each IMAGE, as a grid.
+
+    A picture holds one layer for one image: of several, the names of the files say which (maps_conv1_0.png); a .pdf
+    holds them all, a page each. .npz and .safetensors hold the values (innersight.load reads them).
+    """
+    _check_outs(outs)
+    _check_images(images)
+    net = model.open()
+    wanted: Sequence[str] | None = _split(names)
+    notes = []
+    if not wanted:
+        wanted = net.layers.spatial[:1]
+        notes.append(f"layer {', '.join(wanted)}: the first with maps (layer= changes it; 'all' for every one)")
+    elif wanted == ["all"]:
+        wanted = None
+    with _doing(f"running {net.name}"):
+        found = net.maps(list(images), layers=wanted)
+    files = []
+    for path in outs:
+        with _doing(f"writing {path}"):
+            files += found.save(path, **({} if _stored(path) else {**drawing, "limit": limit or None}))
+    if as_json:
+        _print_json({**found.to_json(), "files": files})
+        return
+    _print_maps(found)
+    _wrote(files)
+    _notes([*found.provenance.notes, *notes])
+
+
+def _stored(path: Path) -> bool:
+    from innersight.results import STORED
+
+    return path.suffix.lower() in STORED
+
+
+def _print_maps(found: FeatureMaps) -> None:
+    from innersight.draw.color import number
+
+    rows = []
+    for name, about in found.to_json()["layers"].items():
+        count, *size = about["shape"][1:]
+        dead = len(about.get("dead", ()))
+        extremes = f"{number(about['minimum'])} to {number(about['maximum'])}"
+        rows.append((name, f"{count:,}", "x".join(map(str, size)), extremes, str(dead) if dead else ""))
+    _table(("layer", "maps", "size", "values", "all zero"), rows, right=("maps", "all zero"))
+
+
+def _wrote(files: Iterable[Path]) -> None:
+    for path in files:
+        click.echo(f"wrote {path}")
+
+
+@main.command()
+@click.option("--method", "methods", multiple=True, default=("gradient",), metavar="NAME",
+              help="Repeatable, or a comma list (`innersight methods`); several are drawn side by side. Default: "
+              "gradient.")  # fmt: skip
+@click.option("--target", metavar="CLASS", help="A class, by name or number; default the one that is predicted.")
+@click.option("--against", metavar="CLASS", help="Explain why the target and not this class.")
+@click.option("--layer", metavar="NAME", help="For methods that look at one; default the last with a grid.")
+@click.option("--option", "given", multiple=True, metavar="KEY=VALUE", help="An option of the method: relu=false.")
+@click.option("--seed", type=int, help="For methods that draw random numbers.")
+@click.option("--style", type=click.Choice(["heat", "spotlight", "map"]), default="heat", show_default=True,
+              help="How the map lies over the picture; spotlight suits coarse maps.")  # fmt: skip
+@click.option("--scale", type=click.Choice(["each", "shared"]), default="each", show_default=True,
+              help="Every image on its own scale, or all of a method on one.")  # fmt: skip
+@click.option("--smooth", type=click.FloatRange(min=0), default=0, metavar="PIXELS", help="Blur, for the eye only.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=16,
+    show_default=True,
+    help="Images on a page; 0 for all.",
+)
+@click.option("--page", type=click.IntRange(min=1), metavar="N", default=1, show_default=True)
+@_out_option("heat.png")
+@_on_model(images=True)
+def explain(model: Model, images: tuple[str, ...], methods: tuple[str, ...], target: str | None, against: str | None,
+            layer: str | None, given: tuple[str, ...], seed: int | None, outs: tuple[Path, ...], limit: int,
+            as_json: bool, **drawing: Any) -> None:  # fmt: skip
+    """What in each IMAGE drove the decision of MODEL.
+
+    Draws it over the picture and prints what the network predicts, what was explained and its score. Several methods
+    make one picture to compare them, and a file of values each (heat_gradcam.npz).
+    """
+    _check_outs(outs)
+    _check_images(images)
+    chosen = _methods(_split(methods))
+    options = _method_options(chosen, given, seed)
+    net = model.open()
+    with _doing(f"running {net.name}"):
+        predictions = _predictions(net, images)
+        found = net.explain(
+            list(images), method=[m.name for m in chosen], target=_target(target, against), layer=layer, **options
+        )
+    drawing["limit"] = limit or None
+    files = [file for path in outs for file in _save_saliency(found, path, drawing)]
+    if as_json:
+        _print_json({"predictions": predictions, "saliency": found, "files": files})
+        return
+    _print_explained(found, predictions)
+    _wrote(files)
+    _notes(_explain_notes(found, outs, limit, drawing["page"]))
+
+
+def _methods(names: Sequence[str]) -> list[Method]:
+    from innersight.methods import find
+
+    with _doing("loading"):
+        return [find(name) for name in names]
+
+
+def _method_options(methods: Sequence[Method], given: Sequence[str], seed: int | None) -> dict[str, Any]:
+    """`relu=false` as the type of the method's own default; an option that none of them has is an error."""
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise errors.InputError(f"--option takes KEY=VALUE, such as relu=false, not {text!r}")
+        takers = [m for m in methods if name in m.options]
+        if not takers:
+            methods[0].check_options({name: value}) if len(methods) == 1 else _no_option(name, methods)
+        options[name] = _typed(name, value, takers[0].options[name])
+    if seed is not None:
+        if any("seed" in m.options for m in methods):
+            options["seed"] = seed
+        else:
+            _notes([f"no random numbers are drawn by {', '.join(m.name for m in methods)}, so --seed changes nothing"])
+    return options
+
+
+def _no_option(name: str, methods: Sequence[Method]) -> NoReturn:
+    known = dict.fromkeys(option for m in methods for option in m.options)
+    raise errors.unknown("option", name, known, f" of {', '.join(m.name for m in methods)}")
+
+
+def _typed(name: str, text: str, default: Any) -> Any:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    try:
+        if isinstance(default, bool):
+            return words[text.lower()]
+        if isinstance(default, int | float):
+            return type(default)(text)
+    except (KeyError, ValueError):
+        what = "true or false" if isinstance(default, bool) else "a whole number"
+        what = "a number" if isinstance(default, float) else what
+        raise errors.InputError(f"option {name} is {what} (default {_shown(default)}), not {text!r}") from None
+    if isinstance(default, str):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | int | float | str) else str(value).lower()
+
+
+def _target(target: str | None, against: str | None) -> Any:
+    if against is None:
+        return target
+    from innersight.targets import difference
+
+    return difference(target, against)
+
+
+def _predictions(net: Network, images: Sequence[str]) -> Predictions | None:
+    """What the network says of the images; None where its answer is no class for an image (segmentation, boxes)."""
+    try:
+        return net.predict(list(images))
+    except errors.InputError:
+        raise
+    except (errors.Unsupported, ValueError):
+        return None
+
+
+def _save_saliency(found: Mapping[str, Saliency], path: Path, drawing: Mapping[str, Any]) -> list[Path]:
+    from innersight import results
+
+    with _doing(f"writing {path}"):
+        if len(found) == 1 or _stored(path):
+            files = []
+            for name, saliency in found.items():
+                place = path if len(found) == 1 else path.with_stem(f"{path.stem}_{name}")
+                files += saliency.save(place, **({} if _stored(path) else drawing))
+            return files
+        return [results._write_figures(path, [results.plot_comparison(found, **drawing)])]
+
+
+def _print_explained(found: Mapping[str, Saliency], predictions: Predictions | None) -> None:
+    first = next(iter(found.values()))
+    scores = first.verdict.get("score") or [None] * len(first)
+    rows = []
+    for i, picture in enumerate(first.pictures):
+        label, p = predictions.top(1)[i][0] if predictions is not None else ("", None)
+        answer = "" if p is None else f"{label} {p:.3f}"
+        score = "" if scores[i] is None else f"{scores[i]:#.4g}"
+        rows.append((picture.name, answer, first.targets[i] if first.targets else "", score))
+    _table(("image", "prediction", "target", "score"), rows, right=("score",))
+
+
+def _explain_notes(found: Mapping[str, Saliency], outs: Sequence[Path], limit: int, page: int) -> Iterator[str]:
+    for saliency in found.values():
+        yield from saliency.provenance.notes
+    count = len(next(iter(found.values())))
+    if limit and count > limit and not all(map(_stored, outs)):
+        yield f"the picture shows {limit} of {count} images, page {page} (--limit and --page change it)"
+
+
+@main.command()
+@click.argument("name", required=False)
+@_json_option
+def methods(name: str | None, as_json: bool) -> None:
+    """The saliency methods, what they need and cost.
+
+    With NAME: what that method does, and its options.
+    """
+    from innersight.methods import all_methods
+
+    if name is not None:
+        (method,) = _methods([name])
+        _print_json(_method_record(method)) if as_json else _print_method(method)
+        return
+    with _doing("loading"):
+        known = all_methods().values()
+    if as_json:
+        _print_json([_method_record(m) for m in known])
+        return
+    rows = [(m.name, m.family, ", ".join(m.needs), m.passes, m.paper) for m in known]
+    _table(("method", "family", "needs", "passes", "paper"), rows, spare=("family",))
+
+
+def _method_record(method: Method) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "family": method.family,
+        "summary": method.summary,
+        "needs": method.needs,
+        "passes": method.passes,
+        "signed": method.signed,
+        "options": method.options,
+        "paper": method.paper,
+    }
+
+
+def _print_method(method: Method) -> None:
+    click.echo(f"{method.name} ({method.family})\n\n{inspect.getdoc(method.function) or ''}\n")
+    for name, default in method.options.items():
+        click.echo(f"--option {name}={_shown(default)}")
+    click.echo(f"{'' if not method.options else chr(10)}needs   {', '.join(method.needs) or 'the answer alone'}")
+    click.echo(f"passes  {method.passes}\npaper   {method.paper}")
