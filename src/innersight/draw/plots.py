@@ -613,3 +613,87 @@ def _value_bar(ax: Axes, scale: color.Scale) -> None:
     ax.set_xticks([])
     low, high = color.number(scale.low), color.number(scale.high)
     ax.set_yticks([0, 0.5, 1] if scale.signed else [0, 1], [low, "0", high] if scale.signed else [low, high])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers in a grid
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose cells have the colors of their values (R, C): confusions, changes of each class by channel.
+
+    texts:  what stands in the cells; "" leaves one empty
+    muted:  (R, C) bool, cells that stay gray because they are no part of the scale (the diagonal of a confusion matrix)
+    colors: name of the color map; None: the one for values of this sign
+    """
+
+    caption: str
+    values: np.ndarray
+    texts: Sequence[Sequence[str]]
+    rows: Sequence[str]
+    columns: Sequence[str]
+    scale: color.Scale
+    across: str = ""
+    down: str = ""
+    muted: np.ndarray | None = None
+    colors: str | None = None
+
+
+def tables(parts: Sequence[Table], *, title: str, notes: Sequence[str] = ()) -> Figure:
+    """Tables one below the other, each beside the bar of its colors."""
+    cells = [(int(np.clip(1400 / len(p.columns), 46, 76)), 46 if len(p.columns) <= 12 else 34) for p in parts]
+    widths = [c * len(p.columns) for p, (c, _) in zip(parts, cells, strict=True)]
+    heights = [c * len(p.rows) for p, (_, c) in zip(parts, cells, strict=True)]
+    left, above, below = MARGIN + 76, 78, 46
+    width = max(left + max(widths) + 24 + 18 + 90, 900)
+    heading = Heading.wrapped(title, notes, width - 2 * MARGIN)
+    top: float = MARGIN + heading.height
+    sheet = Sheet(width, top + sum(heights) + len(parts) * (above + below))
+    sheet.heading(heading)
+    for part, (cell, _), w, h in zip(parts, cells, widths, heights, strict=True):
+        sheet.text(MARGIN, top, part.caption, va="top")
+        _draw_table(sheet.axes(left, top + above, w, h), part, points=6.5 if cell >= 60 else 5)
+        bar = sheet.axes(left + w + 24, top + above, 18, min(h, 300))
+        _table_bar(bar, part)
+        top += above + h + below
+    return sheet.figure
+
+
+def _draw_table(ax: Axes, table: Table, points: float) -> None:
+    pixels = color.paint(table.values, table.scale, table.colors)
+    if table.muted is not None:
+        pixels[table.muted] = 232
+    ax.imshow(pixels, interpolation="nearest", aspect="auto")
+    rows, columns = table.values.shape
+    ax.set_xticks(range(columns), [plain(c) for c in table.columns])
+    ax.set_yticks(range(rows), [plain(r) for r in table.rows])
+    ax.tick_params(top=True, bottom=False, labeltop=True, labelbottom=False, length=0, labelsize=6)
+    ax.xaxis.set_label_position("top")
+    ax.set_xlabel(plain(table.across), fontsize=6, color=FAINT, labelpad=2)
+    ax.set_ylabel(plain(table.down), fontsize=6, color=FAINT, labelpad=2)
+    for at in np.arange(1, rows) - 0.5:
+        ax.axhline(at, color="white", linewidth=0.6)
+    for at in np.arange(1, columns) - 0.5:
+        ax.axvline(at, color="white", linewidth=0.6)
+    dark = color.gray(pixels.astype(np.float32))[..., 0] < 130
+    for r, c in np.ndindex(rows, columns):
+        if text := table.texts[r][c]:
+            options: dict[str, Any] = {"ha": "center", "va": "center", "color": "white" if dark[r, c] else INK}
+            ax.text(c, r, plain(text), fontsize=points, parse_math=False, **options)
+
+
+def _table_bar(ax: Axes, table: Table) -> None:
+    colors = table.colors or color.colors_for(table.scale.signed)
+    ramp = np.linspace(1, 0, 256, dtype=np.float32)[:, None]
+    if table.scale.blank:
+        ramp[:] = table.scale.zero
+    ax.imshow(color.paint_positions(ramp, colors), aspect="auto", extent=(0, 1, 0, 1))
+    ax.yaxis.tick_right()
+    ax.set_xticks([])
+    low, high = color.number(table.scale.low), color.number(table.scale.high)
+    if table.scale.blank:
+        ax.set_yticks([0.5], [low])
+    else:
+        marks = {0.0: low, 1.0: high} | ({0.5: "0"} if table.scale.signed else {})
+        ax.set_yticks(list(marks), list(marks.values()))
