@@ -341,6 +341,18 @@ class WindowedConv(nn.Module):
         return x.view(n, h // 4, w // 4, c, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
 
 
+class WindowedTokens(nn.Module):
+    """Attention inside windows, on tokens that go back to their order and meet what they were."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        tokens = F.avg_pool2d(x, 3, 1, 1).flatten(2).transpose(1, 2)
+        q = tokens.view(n, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        q = (q @ q.transpose(1, 2)).softmax(-1) @ q
+        q = q.view(n, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h * w, c)
+        return (tokens + q) * 1
+
+
 class Focus(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -408,6 +420,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], bool]] = {  # and whether the fi
     "channel shuffle module": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ChannelShuffle(2), conv4(3)), True),
     "patches": (Patches, True),
     "windows": (WindowedConv, True),
+    "windows of tokens": (WindowedTokens, True),
     "focus": (Focus, True),
     "squeeze and excitation": (Excited, True),
     "attention along one axis": (Attention, True),

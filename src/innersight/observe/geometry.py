@@ -1037,7 +1037,22 @@ def _viewed(state: State, shape: Sequence[int]) -> State:
         raise Lost
     if left and dims:
         dims[-1] = (*dims[-1], *reversed(left))
-    return replace(state, dims=tuple(dims))
+    return replace(state, dims=tuple(map(_fused, dims)))
+
+
+def _fused(dim: Dim) -> Dim:
+    """Atoms that go on where the one behind them ends are one: rows of windows and rows in a window are rows."""
+    fused: list[Atom | Tokens] = []
+    for a in dim:
+        last = fused[-1] if fused else None
+        if (
+            isinstance(last, Atom) and isinstance(a, Atom) and last.axis == a.axis and a.stride > 0
+            and last.stride == a.size * a.stride and last.size > 1 and a.size > 1
+        ):  # fmt: skip
+            fused[-1] = a._replace(size=last.size * a.size)
+        else:
+            fused.append(a)
+    return tuple(fused)
 
 
 def _fitted(state: State, shape: tuple[int, ...]) -> State:
@@ -1905,7 +1920,10 @@ def _einsum(call: Call) -> State:
 @_rule("scaled_dot_product_attention")
 def _attention(call: Call) -> State:
     query, key, value = (call.either(i, name) for i, name in enumerate(("query", "key", "value")))
-    limited = bool(call.arg(5, "is_causal", False)) or call.arg(3, "attn_mask") is not None
+    mask = call.arg(3, "attn_mask")
+    # A constant for each head is a table of relative positions; others may hide units from each other.
+    table = isinstance(mask, Const) and len(mask.shape) > 2 and math.prod(mask.shape[:-3]) == 1 and mask.shape[-3] > 1
+    limited = bool(call.arg(5, "is_causal", False)) or not (mask is None or table)
     parts = []
     n = len(call.node.shape)
     if query is not None:
@@ -1914,8 +1932,8 @@ def _attention(call: Call) -> State:
         parts.append(_mix(key, [n - 2, n - 1], keep=False))
     if value is not None:
         parts.append(_mix(value, [n - 2], keep=False))
-    if (mask := call.either(3, "attn_mask")) is not None:
-        parts.append(_mix(mask, [len(mask.dims) - 1], keep=False))
+    if isinstance(mask, Ref):
+        parts.append(_mix(call.state(3, "attn_mask"), [-1], keep=False))
     state = _fitted(reduce(_joined, parts), call.node.shape)
     if value is None:
         state = state.with_dim(n - 1, (Atom("c", call.node.shape[-1]),))
