@@ -411,7 +411,7 @@ BAD = {
     "an unknown method to list": (["methods", "gradcan"], "did you mean gradcam"),
     "an unknown option": (
         ["explain", *MODEL, "dog.png", "--method", "gradcam", "--option", "rule=1"],
-        "no option 'rule' of method 'gradcam'; (did you mean|there are) relu",
+        "no option 'rule' of method 'gradcam'; (did you mean|there is only) relu",
     ),
     "an unknown option of several": (
         ["explain", *MODEL, "dog.png", "--method", "gradcam,layercam", "--option", "rule=1"], "no option 'rule'.*relu"

@@ -29,6 +29,7 @@ import click
 from innersight import __version__, errors
 
 if TYPE_CHECKING:
+    from innersight.images import Inputs
     from innersight.methods import Method
     from innersight.network import Network
     from innersight.results import FeatureMaps, Predictions, Saliency
@@ -139,15 +140,19 @@ def _print_json(record: Any) -> None:
 
 
 @contextlib.contextmanager
-def _doing(what: str) -> Iterator[None]:
-    """What takes its time, beside a spinner on a terminal."""
+def _doing(what: str, net: Network | None = None) -> Iterator[None]:
+    """What takes its time: beside a spinner on a terminal, else a line now and then; with `net` counting its images."""
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
+        if net is not None:
+            net.progress = lambda done, total: _plain_progress(what, done, total, "") if total > 16 else None
         yield
         return
-    with console.status(what):
+    with console.status(what) as status:
+        if net is not None:
+            net.progress = lambda done, total: status.update(f"{what}: {done} of {total} images")
         yield
 
 
@@ -337,8 +342,8 @@ def _check_outs(outs: Sequence[Path]) -> None:
     from innersight import results
 
     for path in outs:
-        results._check_suffix(path)
-        results._check_place(path)
+        results.check_suffix(path)
+        results.check_place(path)
         if not os.access(path.parent, os.W_OK):
             raise errors.InputError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} is read-only")
 
@@ -468,7 +473,7 @@ def layers(model: Model, everything: bool, effective: bool, as_json: bool) -> No
         parameters = sum(layer.parameters for layer in found.values())
         _print_json({**_about(net), "parameters": parameters, "layers": rows})
         return
-    cells = [table._row(layer) for layer in listed]
+    cells = [table.row(layer) for layer in listed]
     header: tuple[str, ...] = table.HEADER
     if effective:
         header = (*header[:6], "effective", *header[6:])
@@ -479,7 +484,7 @@ def layers(model: Model, everything: bool, effective: bool, as_json: bool) -> No
 
 
 def _all_layers(found: Any) -> list[Any]:
-    return [found[node.name] for node in found._recording.nodes if node.kind != "input"]
+    return found.everything()
 
 
 def _effective_boxes(listed: Sequence[Any]) -> dict[str, tuple[int, ...]]:
@@ -546,7 +551,7 @@ def maps(model: Model, images: tuple[str, ...], names: tuple[str, ...], outs: tu
         notes.append(f"layer {', '.join(wanted)}: the first with maps (layer= changes it; 'all' for every one)")
     elif wanted == ["all"]:
         wanted = None
-    with _doing(f"running {net.name}"):
+    with _doing(f"running {net.name}", net):
         found = net.maps(list(images), layers=wanted)
     files = []
     for path in outs:
@@ -621,10 +626,11 @@ def explain(model: Model, images: tuple[str, ...], methods: tuple[str, ...], tar
     chosen = _methods(_split(methods))
     options = _method_options(chosen, given, seed)
     net = model.open()
-    with _doing(f"running {net.name}"):
-        predictions = _predictions(net, images)
+    with _doing(f"running {net.name}", net):
+        inputs = net.read(list(images))
+        predictions = _predictions(net, inputs)
         found = net.explain(
-            list(images), method=[m.name for m in chosen], target=_target(target, against), layer=layer, **options
+            inputs, method=[m.name for m in chosen], target=_target(target, against), layer=layer, **options
         )
     drawing["limit"] = limit or None
     files = [file for path in outs for file in _save_saliency(found, path, drawing)]
@@ -698,10 +704,10 @@ def _target(target: str | None, against: str | None) -> Any:
     return difference(target, against)
 
 
-def _predictions(net: Network, images: Sequence[str]) -> Predictions | None:
+def _predictions(net: Network, images: Inputs) -> Predictions | None:
     """What the network says of the images; None where its answer is no class for an image (segmentation, boxes)."""
     try:
-        return net.predict(list(images))
+        return net.predict(images)
     except errors.InputError:
         raise
     except (errors.Unsupported, ValueError):
@@ -718,7 +724,7 @@ def _save_saliency(found: Mapping[str, Saliency], path: Path, drawing: Mapping[s
                 place = path if len(found) == 1 else path.with_stem(f"{path.stem}_{name}")
                 files += saliency.save(place, **({} if _stored(path) else drawing))
             return files
-        return [results._write_figures(path, [results.plot_comparison(found, **drawing)])]
+        return [results.write_figures(path, [results.plot_comparison(found, **drawing)])]
 
 
 def _print_explained(found: Mapping[str, Saliency], predictions: Predictions | None) -> None:

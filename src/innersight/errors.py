@@ -62,6 +62,8 @@ def unknown(what: str, name: object, names: Iterable[str], where: str = "") -> U
     near += [n for n in names if wanted in n.lower() and n not in near][: 3 - len(near)]
     if near:
         hint = f"did you mean {', '.join(near)}?"
+    elif len(names) == 1:
+        hint = f"there is only {names[0]}"
     elif names:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         hint = f"there are {', '.join(names[:8])}{more}"

@@ -656,6 +656,7 @@ def read(images: Any, preprocess: Preprocess | None, *, input_shape: Sequence[in
     - a path, a folder (recursive, sorted; the class folder becomes the label), a glob, a PIL image, a uint8 array:
       pictures, which are preprocessed
     - a float array or tensor (C, H, W) or (N, C, H, W): taken as it is, as what the model eats
+    - what `read` returned: taken as it is
     - a list, a data set or an iterable of any of these; a DataLoader's batch may be the tensor, (tensor, labels) or a
       dict with "pixel_values", "image", "images" or "input"
 
@@ -668,6 +669,8 @@ def read(images: Any, preprocess: Preprocess | None, *, input_shape: Sequence[in
 
     Raises InputError, in one sentence, for whatever cannot be read; pictures of different input sizes are refused.
     """
+    if isinstance(images, Inputs):
+        return images
     reader = _Reader(preprocess, input_shape)
     blocks = list(reader.blocks(images))
     if not blocks:
@@ -1171,7 +1174,7 @@ def _check_size(width: int, height: int, shown: str) -> None:
 
 
 def _too_large(shown: str, size: str) -> str:
-    return f"{shown} is {size}more than the {MAX_PIXELS / 1e6:g} million that are read: make it smaller"
+    return f"{shown} is {size}more than the {MAX_PIXELS / 1e6:g} million pixels that are read: make it smaller"
 
 
 def _upright(image: Image.Image, name: str, shown: str, notes: _Notes) -> Image.Image:

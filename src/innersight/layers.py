@@ -97,6 +97,10 @@ class Layers(Mapping[str, Layer]):
     def __len__(self) -> int:
         return len(self._listed)
 
+    def everything(self) -> list[Layer]:
+        """Also what is not listed: views, copies, what is no image's."""
+        return [self[node.name] for node in self._recording.nodes if node.kind != "input"]
+
     @property
     def spatial(self) -> list[str]:
         """Names of those whose values have a place in the picture."""
@@ -104,7 +108,7 @@ class Layers(Mapping[str, Layer]):
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table: name, kind, output shape, receptive field, parameters."""
-        return [_row(layer) for layer in self.values()]
+        return [row(layer) for layer in self.values()]
 
     def to_json(self) -> list[dict[str, Any]]:
         return [layer.to_json() for layer in self.values()]
@@ -128,7 +132,8 @@ class Layers(Mapping[str, Layer]):
 HEADER = ("layer", "kind", "output", "receptive field", "stride", "centre", "parameters")
 
 
-def _row(layer: Layer) -> tuple[str, ...]:
+def row(layer: Layer) -> tuple[str, ...]:
+    """What the table says of a layer, a cell for each of HEADER."""
     f = layer.receptive_field
     seen = (
         ("", "", "")

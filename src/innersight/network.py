@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class Network:
 
     name, input_shape, preprocess, labels: what it is called, takes and answers
     notes: what was chosen for you, a sentence each, with the keyword that changes it
+    progress: if set, called with how many images of a request are done, and of how many
     """
 
     def __init__(self, opened: Opened, output: str | int | None = None):
@@ -72,6 +73,7 @@ class Network:
         self.labels = None if opened.labels is None else tuple(opened.labels)
         self.notes = list(opened.notes)
         self.module = opened.module
+        self.progress: Callable[[int, int], None] | None = None
         self._output = output
         self.engine = Engine(self.module, call=opened.call, fixed_batch=opened.fixed_batch)
         parameter = next((p for p in self.module.parameters() if p.is_floating_point()), None)
@@ -164,7 +166,7 @@ class Network:
             generator = torch.Generator().manual_seed(0)
             x = self._to_model(torch.randn((8, *self._sample().shape[1:]), generator=generator))
         else:
-            x = self._read(pictures).tensor
+            x = self.read(pictures).tensor
         channels, height, width = layer.grid
         # Random signs: the gradients of a sum over channels would cancel where channels oppose each other.
         signs = torch.randint(0, 2, (channels,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
@@ -186,23 +188,31 @@ class Network:
 
     # -- passes
 
-    def _read(self, pictures: Any) -> images.Inputs:
-        """Pictures as one batch on the network's device."""
+    def read(self, pictures: Any) -> images.Inputs:
+        """Pictures as the network takes them; hand the result to several questions and files are read once.
+
+        pictures: a path, folder, glob, PIL image or array, a list of them, a float batch `(N, C, H, W)`, or a loader.
+        """
         if pictures is None:
             raise errors.InputError("no images were given")
-        inputs = images.read(pictures, self._wants(), input_shape=self.input_shape)
+        inputs = images.read(pictures, self.preprocess, input_shape=self.input_shape)
         inputs.tensor = self._to_model(inputs.tensor)
         return inputs
-
-    def _wants(self) -> images.Preprocess | None:
-        return self.preprocess
 
     def _passes(self, x: torch.Tensor, request: Request, size: int | None = None) -> Iterable[Pass]:
         """The request over the whole batch, chunk by chunk within the memory budget."""
         with self.engine.session():
             self._learn(x[:1])
             size = size or self.engine.chunk_size(x, request)
-            yield from self.engine.chunks(x, lambda part, _: self.engine.run(part, request), size)
+            done = 0
+            for passed in self.engine.chunks(x, lambda part, _: self.engine.run(part, request), size):
+                yield passed
+                done = min(done + size, len(x))
+                self._report(done, len(x))
+
+    def _report(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
 
     def _main(self, output: Any) -> torch.Tensor:
         main, note = targets.main_tensor(output, self._output, len(self.labels) if self.labels else None)
@@ -236,7 +246,7 @@ class Network:
 
         images: a path, folder, glob, PIL image or array, a list of them, a float batch `(N, C, H, W)`, or a loader.
         """
-        inputs = self._read(images)
+        inputs = self.read(images)
         rows = [self._scores(p.output).float().cpu() for p in self._passes(inputs.tensor, Request())]
         logits = _stacked(rows).numpy()
         return results.Predictions(
@@ -265,7 +275,7 @@ class Network:
         Runs no further than the last layer asked for. Tokens and channels-last layers are turned to that grid; layers
         without a place in the picture keep their own shape. Raises UnknownName for a layer that does not exist.
         """
-        inputs = self._read(images)
+        inputs = self.read(images)
         x = inputs.tensor
         table = self._layers_for(x)
         names = table.spatial if layers is None else [layers] if isinstance(layers, str) else list(layers)
@@ -320,7 +330,7 @@ class Network:
         for k in options:
             if not any(k in m.options for m in methods):
                 methods[0].check_options({k: options[k]})
-        inputs = self._read(images)
+        inputs = self.read(images)
         x = inputs.tensor
         goal = targets.resolve(target, len(x), self._classes)
         notes: list[str] = []
@@ -332,7 +342,7 @@ class Network:
                     "the methods that read the input's gradient take it"
                 )
             chosen, note = self._cam_layer(x, goal, layer)
-            notes.append(note)
+            notes += [note] if note else []
         elif layer is not None:
             self._layers_for(x)[layer]  # a name that does not exist is an error, even where it is not needed
         found = self._explain(x, methods, goal, chosen, options)
@@ -341,7 +351,7 @@ class Network:
             values, texts, scores, grid = found[m.name]
             own = {k: v for k, v in options.items() if k in m.options}
             verdict = _verdict(values, scores)
-            said = [*(notes if "layer" in m.needs else ()), *_blank(verdict["blank"])]
+            said = [*(notes if "layer" in m.needs else ()), *_blank(m.name, inputs.pictures, verdict["blank"])]
             saliencies[m.name] = results.Saliency(
                 values=values, pictures=inputs.pictures, signed=m.signed or bool((values < 0).any()), unit=m.unit,
                 targets=texts, verdict=verdict, grid=grid,
@@ -419,7 +429,7 @@ class Network:
                     f"layer {name!r} {layer.shape} has no place in the picture; layers with maps are "
                     f"{', '.join(near[-3:])}"
                 )
-            return layer, f"layer {layer.name}, as asked"
+            return layer, ""
         recording = self.engine.recording(x)
         if id(recording) not in self._cam_layers:
             self._cam_layers[id(recording)] = self._choose_cam_layer(x, goal, table, recording)
@@ -468,7 +478,7 @@ class Network:
 
         target: as in `explain`; "predicted" means the class predicted with every channel in place
         """
-        inputs = self._read(images)
+        inputs = self.read(images)
         x = inputs.tensor
         chosen = self._layers_for(x)[layer]
         if not chosen.node.shapes or len(chosen.shape) < 1:
@@ -504,6 +514,7 @@ class Network:
                     part = range(start, min(start + step, count))
                     without = replay.without(part, axis)
                     values[i, start : start + len(part)] = (scores(without).cpu() - base[i]).numpy()
+                self._report(i + 1, len(x))
         note = () if skips else (f"{self.name} cannot be run from the middle, so each removal was a whole run",)
         return results.Sensitivity(
             values=values, layer=layer, scores=base, targets=texts, pictures=inputs.pictures,
@@ -531,13 +542,11 @@ def _said(target: Any, texts: Sequence[str]) -> str:
     return "the predicted class" if target is None else ", ".join(dict.fromkeys(texts))
 
 
-def _blank(blank: Sequence[bool]) -> list[str]:
+def _blank(method: str, pictures: Sequence[images.Picture], blank: Sequence[bool]) -> list[str]:
     """A map of zeros is an answer that has to be said: nothing speaks for the target, or its gradient is zero."""
-    empty = [str(i) for i, b in enumerate(blank) if b]
+    names = [p.name for p, empty in zip(pictures, blank, strict=True) if empty]
     return (
-        [f"the map of image {', '.join(empty)} is zero everywhere: nothing it looks at speaks for the target"]
-        if empty
-        else []
+        [f"the {method} map of {', '.join(names)} is zero everywhere: nothing speaks for the target"] if names else []
     )
 
 

@@ -182,16 +182,16 @@ class Result:
             if drawing:
                 raise errors.InputError(f"{', '.join(drawing)}: for pictures only; {path.suffix} holds the values")
             return [_store(path, *self.record())]
-        _check_suffix(path)
+        check_suffix(path)
         return self._save_drawn(path, **drawing)
 
     def _save_drawn(self, path: Path, **drawing: Any) -> list[Path]:
-        _check_place(path)
+        check_place(path)
         before = self.figures
         self.plot(**drawing)  # type: ignore[attr-defined]
         figures = self.figures
         self._drawn(*before)
-        return [_write_figures(path, figures)]
+        return [write_figures(path, figures)]
 
     def _repr_html_(self) -> str:
         if self.figures:
@@ -384,7 +384,7 @@ class FeatureMaps(Result, Mapping[str, np.ndarray]):
 
         With one layer and one image the file is called as asked.
         """
-        _check_place(path)
+        check_place(path)
         layer = drawing.pop("layer", None)
         images = [_pick(drawing.pop("image"), len(self.pictures))] if "image" in drawing else range(len(self.pictures))
         names = self._drawable(layer)
@@ -398,10 +398,10 @@ class FeatureMaps(Result, Mapping[str, np.ndarray]):
                         pages += self.figures
                         continue
                     stem = [path.stem, *([parts[name]] if parts else []), *([str(i)] if len(images) > 1 else [])]
-                    written.append(_write_figures(path.with_stem("_".join(stem)), self.figures))
+                    written.append(write_figures(path.with_stem("_".join(stem)), self.figures))
         finally:
             self._drawn(*before)
-        return [*written, _write_figures(path, pages)] if pages else written
+        return [*written, write_figures(path, pages)] if pages else written
 
     def _summary(self) -> dict[str, Any]:
         return {"images": [p.name for p in self.pictures], "layers": {n: self._layer_summary(n) for n in self}}
@@ -1020,7 +1020,7 @@ def _store(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> 
     return _write(path, write)
 
 
-def _write_figures(path: Path, figures: Sequence[Figure]) -> Path:
+def write_figures(path: Path, figures: Sequence[Figure]) -> Path:
     from innersight.draw import plots
 
     suffix = path.suffix.lower()
@@ -1029,13 +1029,13 @@ def _write_figures(path: Path, figures: Sequence[Figure]) -> Path:
     return _write(path, lambda file: plots.write(figures, file, suffix))
 
 
-def _check_suffix(path: Path) -> None:
+def check_suffix(path: Path) -> None:
     if path.suffix.lower() not in (*DRAWN, *STORED):
         kinds = f"{', '.join(DRAWN)} for a picture, {', '.join(STORED)} for the values"
         raise errors.InputError(f"{path.name!r}: unknown suffix {path.suffix!r}; use {kinds}")
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
     """Refuse a place that cannot be written to before anything is drawn for it."""
     if path.is_dir():
         raise errors.InputError(f"cannot write {str(path)!r}: it is a folder")
@@ -1045,7 +1045,7 @@ def _check_place(path: Path) -> None:
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
     """Write a file whole or not at all."""
-    _check_place(path)
+    check_place(path)
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:

@@ -119,6 +119,8 @@ def main_tensor(output: Any, choice: str | int | None = None, count: int | None 
     another.
     """
     if isinstance(output, torch.Tensor):
+        if choice is not None:
+            raise errors.UnknownName(f"no output {str(choice)!r}: this network returns one tensor; leave output= out")
         return output, ""
     entries = _entries(output)
     tensors = {k: v for k, v in entries.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}

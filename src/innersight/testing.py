@@ -175,7 +175,7 @@ def check_method(name: str, net: Network, images: Any = None, **options: Any) ->
 
 def _inputs(net: Network, images: Any) -> torch.Tensor:
     if images is not None:
-        x = net._read(images).tensor
+        x = net.read(images).tensor
         assert len(x) > 1, "checks need two images or more"
         return x
     sample = net._sample()
