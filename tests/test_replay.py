@@ -290,11 +290,16 @@ def test_a_path_that_depends_on_the_size_of_the_batch(layer):
     assert not replay.together
 
 
-@pytest.mark.parametrize("mix", ["mean", "batch norm"])
+@pytest.mark.parametrize("mix", ["mean", "batch norm", "attention"])
 def test_a_model_that_mixes_the_images_of_a_batch_sees_one_at_a_time(mix):
     def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
         h = m.a(x)
-        h = h - h.mean((0, 2, 3), keepdim=True) if mix == "mean" else F.batch_norm(h, None, None, training=True)
+        if mix == "mean":
+            h = h - h.mean((0, 2, 3), keepdim=True)
+        elif mix == "batch norm":
+            h = F.batch_norm(h, None, None, training=True)
+        else:  # (N, N): every image looks at every other
+            h = ((h.flatten(1) @ h.flatten(1).T).softmax(1) @ h.flatten(1)).view_as(h)
         return m.head(h.relu()).mean((2, 3))
 
     replay = compare(Fn(forward, a=conv(3, 4), head=conv(4, 3)), picture(), "a")
