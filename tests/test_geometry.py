@@ -108,7 +108,7 @@ def compare(
     torch.manual_seed(0)
     model = positive(model)
     x = (torch.rand(shape, dtype=torch.float64) + 0.5).requires_grad_()
-    recording = learn(model, x)
+    recording = learn(model, x, grad=True)  # some models go another way without gradients
     found = trace(recording)
     nodes = [n for n in recording.nodes if n.position >= 0 and found[n.index] and found[n.index].layout.spatial]
     if names is not None:
