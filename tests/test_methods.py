@@ -128,8 +128,7 @@ def test_cams_agree_with_pytorch_grad_cam(resnet, name, peer, stage):
         )
         theirs = np.maximum(cam.get_cam_image(x, cam.target_layers[0], wanted, a, g, False), 0)
     resnet.zero_grad(set_to_none=True)
-    upsampled = torch.nn.functional.interpolate(torch.from_numpy(theirs)[:, None], size=(64, 64), mode="bilinear")[:, 0]
-    assert close(ours.values, upsampled)
+    assert close(ours.coarse, theirs)
     assert ours.grid == theirs.shape[1:]
 
 
@@ -141,8 +140,46 @@ def test_gradcam_agrees_with_captum_on_the_tutorial_network():
     x = noise(3, 1, 28, 28)
     ours = innersight.open(model).explain(x, "gradcam", target=4, layer="conv2")
     theirs = LayerGradCam(model, model.conv2).attribute(x, target=4, relu_attributions=True)
-    theirs = torch.nn.functional.interpolate(theirs, size=(28, 28), mode="bilinear")[:, 0].detach()
-    assert close(ours.values, theirs)
+    assert close(ours.coarse, theirs[:, 0].detach())
+
+
+def test_a_cam_lies_where_the_units_of_its_layer_look():
+    """conv2 of the tutorial's network: 8x8 units, unit i sees pixels 2i to 2i + 13, so its middle is at 2i + 7."""
+    torch.manual_seed(0)
+    net = innersight.open(SimpleCNN().eval())
+    s = net.explain(noise(2, 1, 28, 28), "gradcam", target=4, layer="conv2", relu=False)
+    at = np.arange(28) + 0.5
+    weights = np.stack([np.interp(at, 7 + 2 * np.arange(8), row) for row in np.eye(8)])  # constant beyond the ends
+    fade = np.clip(1 - (np.abs(at - 14) - 8) / 2, 0, 1)  # the outermost cells end at 6 and 22
+    weights = (weights * fade).T
+    np.testing.assert_allclose(s.values, weights @ s.coarse @ weights.T, atol=1e-7)
+    assert not s.values[:, :4].any()
+    assert not s.values[:, :, 24:].any()
+
+
+def test_tokens_that_tile_the_picture_are_stretched_over_it():
+    net = small_network("tokens")
+    s = net.explain(noise(2, 3, 16, 16), "gradcam", target=1, layer="blocks.0", relu=False)
+    stretched = torch.nn.functional.interpolate(torch.from_numpy(s.coarse)[:, None], size=(16, 16), mode="bilinear")
+    assert close(s.values, stretched[:, 0])
+
+
+def test_a_cam_in_a_real_network_peaks_where_the_only_object_is():
+    """A bright square moved over a plain picture: the map's peak moves with it, to the middle of what the unit sees."""
+    import torchvision
+
+    torch.manual_seed(0)
+    module = torchvision.models.resnet18(weights=None).layer1  # residual blocks: the field is centred on the unit
+    net = innersight.open(nn.Sequential(nn.Conv2d(1, 64, 3, 2, 1), module), input_shape=(1, 64, 64))
+    energy = lambda out: out.square().mean((1, 2, 3))  # noqa: E731
+    for y, x in [(12, 12), (32, 44), (50, 20)]:
+        picture = torch.zeros(1, 1, 64, 64)
+        picture[:, :, y - 1 : y + 2, x - 1 : x + 2] = 5
+        s = net.explain(picture, "hirescam", target=energy, layer="1", relu=False)
+        mass = np.abs(s.values[0] - np.median(s.values[0]))
+        mass *= mass > 0.2 * mass.max()
+        middle = [(mass * grid).sum() / mass.sum() for grid in np.mgrid[:64, :64]]
+        assert np.abs(np.array(middle) - (y, x)).max() < 1.5
 
 
 def test_a_cam_at_a_reused_layer_explains_the_call_that_was_named():

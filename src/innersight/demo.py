@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from innersight.data import Digits
     from innersight.data.small_cnn import SimpleCNN, TrainResult
-    from innersight.layers import Layer
     from innersight.network import Network
     from innersight.results import FeatureMaps, Saliency
 
@@ -93,7 +92,7 @@ def run(
     files["findings.json"] = _json(study)
     files["index.html"] = _page(study, net).encode()
     for name, content in files.items():
-        results._write(folder / name, partial(_put, content))
+        results.write_whole(folder / name, partial(_put, content))
     return DemoResult(
         folder, digits.note, study.reading.accuracy, tuple(folder / name for name in files), tuple(study.findings),
         time.perf_counter() - began,
@@ -476,9 +475,6 @@ def _looks(net: Network, images: torch.Tensor, reading: Reading) -> tuple[list[L
     x = images[worst]
     found = dict(net.explain(x, ["gradient", "gradcam"], target=predicted.tolist()))
     found["contrast"] = net.explain(x, "gradcam", target=targets.difference(predicted.tolist(), rival.tolist()))
-    looked_at = net.layers[found["gradcam"].provenance.layer]
-    for name in ("gradcam", "contrast"):
-        found[name] = placed(found[name], looked_at)
     looks = []
     for i, index in enumerate(worst.tolist()):
         cam = place(found["gradcam"].values[i])
@@ -493,43 +489,6 @@ def _looks(net: Network, images: torch.Tensor, reading: Reading) -> tuple[list[L
             )
         )  # fmt: skip
     return looks, found
-
-
-def placed(saliency: Saliency, layer: Layer) -> Saliency:
-    """A map of an inner layer, each value drawn where it looks.
-
-    Grad-CAM spreads its grid over the whole picture. In a network without padding, that is not where the units look:
-    the 8x8 of conv2 see from the middle 7 pixels away from the border, and drawn from border to border their evidence
-    lies up to 5 pixels off. So each value becomes a bilinear bump around the middle of its receptive field instead.
-    """
-    field = layer.receptive_field
-    if saliency.grid is None or field is None or field.whole:
-        return saliency
-    (h, w), (height, width) = saliency.grid, saliency.values.shape[-2:]
-    down, across = _spread(h, height), _spread(w, width)
-    grid = np.linalg.pinv(down) @ saliency.values.astype(np.float64) @ np.linalg.pinv(across).T
-    if np.abs(down @ grid @ across.T - saliency.values).max() > 1e-4 * np.abs(saliency.values).max():
-        return saliency  # not spread that way
-    rows = np.array([sum(field.box(i, 0, clip=False)[::2]) / 2 for i in range(h)])
-    columns = np.array([sum(field.box(0, i, clip=False)[1::2]) / 2 for i in range(w)])
-    values = _bumps(rows, height) @ grid @ _bumps(columns, width).T
-    if not saliency.signed:
-        values = np.maximum(values, 0)  # from here on, below zero is rounding
-    return replace(saliency, values=values.astype(np.float32))
-
-
-def _spread(cells: int, pixels: int) -> np.ndarray:
-    """(pixels, cells): bilinear interpolation from border to border, as the CAM was enlarged."""
-    import torch
-
-    unit = torch.eye(cells, dtype=torch.float64)[:, None]
-    return torch.nn.functional.interpolate(unit, size=pixels, mode="linear", align_corners=False)[:, 0].T.numpy()
-
-
-def _bumps(middles: np.ndarray, pixels: int) -> np.ndarray:
-    """(pixels, cells): 1 at the middle of each cell, falling to 0 at its neighbors' middles."""
-    step = middles[1] - middles[0] if len(middles) > 1 else 1.0
-    return np.maximum(0, 1 - np.abs(np.arange(pixels)[:, None] + 0.5 - middles) / step)
 
 
 def place(values: np.ndarray) -> Place:
@@ -975,7 +934,6 @@ def _draw_right(net: Network, study: Study) -> Figure:
     reading = study.reading
     chosen = sorted({_first_right(reading, k) for k in range(CLASSES)}, key=lambda i: reading.labels[i])
     found = net.explain(study.digits.test_images[chosen], ["gradient", "gradcam"])
-    found["gradcam"] = placed(found["gradcam"], net.layers[found["gradcam"].provenance.layer])
     captions = [_caption(reading.labels[i], reading.predicted[i], reading.confidence[i]) for i in chosen]
     answers = [reading.predicted[i] for i in chosen]
     kinds = [

@@ -348,13 +348,13 @@ class Network:
         found = self._explain(x, methods, goal, chosen, options)
         saliencies = {}
         for m in methods:
-            values, texts, scores, grid = found[m.name]
+            values, coarse, texts, scores = found[m.name]
             own = {k: v for k, v in options.items() if k in m.options}
             verdict = _verdict(values, scores)
             said = [*(notes if "layer" in m.needs else ()), *_blank(m.name, inputs.pictures, verdict["blank"])]
             saliencies[m.name] = results.Saliency(
                 values=values, pictures=inputs.pictures, signed=m.signed or bool((values < 0).any()), unit=m.unit,
-                targets=texts, verdict=verdict, grid=grid,
+                targets=texts, verdict=verdict, coarse=coarse,
                 provenance=self._provenance(
                     inputs, m.name, chosen.name if chosen and "layer" in m.needs else None,
                     _said(target, texts), own, said,
@@ -392,16 +392,13 @@ class Network:
                 own = {k: v for k, v in options.items() if k in m.options}
                 maps[m.name].append(m.function(look, **own).detach().float())
             start += passed.scores.shape[0]
-        size = x.shape[-2:]
         found = {}
         for m in methods:
             value = torch.cat(maps[m.name])
-            grid = tuple(value.shape[-2:]) if value.shape[-2:] != size else None
-            if grid is not None:
-                value = torch.nn.functional.interpolate(
-                    value[:, None], size=size, mode="bilinear", align_corners=False
-                )[:, 0]
-            found[m.name] = _numpy(value), [texts[i] for i in range(len(x))], torch.cat(scores).numpy(), grid
+            coarse = None
+            if "layer" in m.needs and layer is not None:
+                coarse, value = _numpy(value), _laid_over(value, layer, x.shape[-2:])
+            found[m.name] = _numpy(value), coarse, [texts[i] for i in range(len(x))], torch.cat(scores).numpy()
         return found
 
     def _look(self, passed: Pass, names: Mapping[str, str], layer: Layer | None) -> Look:
@@ -525,6 +522,34 @@ class Network:
         """Which dimension of the layer's own value holds its channels."""
         channel = None if layer.layout is None else layer.layout.channel
         return len(layer.node.shape) - 1 if channel is None else channel
+
+
+def _laid_over(maps: torch.Tensor, layer: Layer, size: Sequence[int]) -> torch.Tensor:
+    """Maps `(n, h, w)` on a layer's grid as maps over the input, each value at the middle of what it sees.
+
+    The usual way, to stretch the grid from border to border, is right only where the units tile the picture. Without
+    padding they keep away from the border (the 8x8 of the tutorial's second convolution by 7 of 28 pixels); with
+    strided 3x3 convolutions they stand half a stride further up and left. Where the middle of the field is not known
+    (it covers the whole picture by a gate or by attention), the grid is stretched.
+    """
+    field = layer.receptive_field
+    axes = (None, None) if field is None else (field.y, field.x)
+    rows, columns = (
+        _weights(cells, pixels, axis).to(maps) for cells, pixels, axis in zip(maps.shape[-2:], size, axes, strict=True)
+    )
+    return rows @ maps @ columns.T
+
+
+def _weights(cells: int, pixels: int, axis: geometry.AxisField | None) -> torch.Tensor:
+    """(pixels, cells): bilinear between the middles of the cells; beyond the outermost cell it fades within a cell."""
+    jump, first = pixels / cells, pixels / cells / 2
+    if axis is not None and axis.regular is not None and axis.regular.jump:
+        jump = float(axis.regular.jump)
+        first = float(axis.regular.start + axis.regular.size / 2)
+    at = (torch.arange(pixels, dtype=torch.float64) + 0.5 - first) / jump
+    beyond = torch.maximum(-0.5 - at, at - (cells - 0.5)).clamp(0, 1)
+    near = (1 - (at.clamp(0, cells - 1)[:, None] - torch.arange(cells)).abs()).clamp(min=0)
+    return near * (1 - beyond)[:, None]
 
 
 def _stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -458,7 +458,7 @@ class Saliency(Result):
     signed:  whether below zero means "against the target"
     targets: what was explained, in words, for each image
     verdict: what the map's own evidence is worth, "reference" is the size beside which values count as nothing
-    grid:    (h, w) of the coarse map that was spread over the input, for maps of inner layers
+    coarse:  (N, h, w), the map of an inner layer on its own grid, before it was laid over the input
     unit:    what a value says, for the scale
     """
 
@@ -470,7 +470,7 @@ class Saliency(Result):
     provenance: Provenance = field(default_factory=Provenance)
     targets: list[str] = field(default_factory=list)
     verdict: Mapping[str, Any] = field(default_factory=dict)
-    grid: tuple[int, int] | None = None
+    coarse: np.ndarray | None = None
     unit: str = ""
 
     def __post_init__(self) -> None:
@@ -486,6 +486,11 @@ class Saliency(Result):
         target = f" for {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
         size = f"{_count(len(self.values), 'image')} of {_times(self.values.shape[1:])}"
         return f"<Saliency {p.method or ''}{_of(p)}{layer}{target}: {size}, {_range(self.values)}>"
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(h, w) of the layer's own grid, for maps of inner layers."""
+        return None if self.coarse is None else (self.coarse.shape[1], self.coarse.shape[2])
 
     @property
     def maps(self) -> np.ndarray:
@@ -606,17 +611,16 @@ class Saliency(Result):
         return {**about, "images": images, "verdict": self.verdict}
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        return {"values": self.values}
+        return {"values": self.values} | ({} if self.coarse is None else {"coarse": self.coarse})
 
     def _about(self) -> dict[str, Any]:
-        names = ("signed", "targets", "verdict", "grid", "unit")
+        names = ("signed", "targets", "verdict", "unit")
         return {name: getattr(self, name) for name in names}
 
     @classmethod
     def _restored(cls, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], **common: Any) -> Self:
-        grid = tuple(about["grid"]) if about.get("grid") else None
         rest = {name: about[name] for name in ("signed", "targets", "verdict", "unit")}
-        return cls(arrays["values"], grid=grid, **rest, **common)
+        return cls(arrays["values"], coarse=arrays.get("coarse"), **rest, **common)
 
     def _html(self) -> str:
         out = []
@@ -1009,7 +1013,7 @@ def _store(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> 
     text = json.dumps(about, ensure_ascii=False, allow_nan=False)
     if path.suffix.lower() == ".npz":
         named: dict[str, Any] = {"innersight": np.array(text), **arrays}
-        return _write(path, lambda file: np.savez_compressed(file, **named))
+        return write_whole(path, lambda file: np.savez_compressed(file, **named))
 
     def write(file: IO[bytes]) -> None:
         from safetensors.numpy import save
@@ -1017,7 +1021,7 @@ def _store(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> 
         tensors = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
         file.write(save(tensors, metadata={"innersight": text}))
 
-    return _write(path, write)
+    return write_whole(path, write)
 
 
 def write_figures(path: Path, figures: Sequence[Figure]) -> Path:
@@ -1026,7 +1030,7 @@ def write_figures(path: Path, figures: Sequence[Figure]) -> Path:
     suffix = path.suffix.lower()
     if suffix != ".pdf" and len(figures) != 1:
         raise errors.InputError(f"{suffix} holds one figure and there are {len(figures)}: use .pdf, or name a layer")
-    return _write(path, lambda file: plots.write(figures, file, suffix))
+    return write_whole(path, lambda file: plots.write(figures, file, suffix))
 
 
 def check_suffix(path: Path) -> None:
@@ -1043,7 +1047,7 @@ def check_place(path: Path) -> None:
         raise errors.InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
     """Write a file whole or not at all."""
     check_place(path)
     temporary = None

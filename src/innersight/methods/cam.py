@@ -1,7 +1,8 @@
 """Class activation maps: the feature maps of one layer, weighted by what they do to the score.
 
 Each is a line of weighting over the layer's activations `a` and gradients `g`, both `(N, C, H, W)`. The maps have the
-layer's own grid; the network brings them to the picture (bilinear, as the papers and all implementations do).
+layer's own grid (`Saliency.coarse`, what other libraries agree with); the network lays each value over the picture at
+the middle of what it sees, where other libraries stretch the grid from border to border.
 """
 
 from __future__ import annotations
