@@ -1,0 +1,316 @@
+"""How long innersight takes for the main jobs, as ratios to a bare run and beside its peers: `make benchmark`.
+
+    python benchmarks/run.py [--quick] [--models resnet18,...] [--jobs maps,...] [--batches 1,8] [--memory]
+                             [--out docs/benchmarks.md]
+
+All candidates of a job run in one process, in turn, for several rounds; what is reported are ratios to the job's unit,
+which hold from machine to machine where seconds do not. Before that, each candidate's values are compared with those
+of plain torch. With `--memory` each runs once more in a process of its own, for its peak of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from peers import JOBS, Candidate, Job, NotOffered, Run, Subject, arrays, subject
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+MODELS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "vit_b_16": "ViT-B/16"}
+THREADS = 2
+TOLERANCE = 1e-5  # of the largest value
+# Batches say something where arithmetic outweighs calls; ViT's would take longer than they tell.
+BATCHED = [("resnet18", "maps"), ("resnet18", "gradient"), ("resnet50", "gradient"), ("resnet50", "gradcam")]
+PACKAGES = ["torch", "torchvision", "captum", "grad-cam", "torchlens"]
+
+
+@dataclass
+class Row:
+    """One candidate on one network: its ratios to the unit, or why there are none.
+
+    median: of the rounds' ratios; best: its fastest call over the unit's fastest call
+    error:  largest difference from the reference, over the reference's largest value; None where none was compared
+    memory: MB above what was there before the call
+    """
+
+    candidate: Candidate
+    median: float | None = None
+    best: float | None = None
+    error: float | None = None
+    memory: float | None = None
+    refusal: str = ""
+
+
+@dataclass
+class Result:
+    job: Job
+    model: str
+    batch: int
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return MODELS[self.model] + (f", batch {self.batch}" if self.batch > 1 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def prepare(job: Job, s: Subject) -> tuple[list[Row], list[Run | None]]:
+    """Every candidate set up, run once, and its values compared."""
+    rows: list[Row] = []
+    runs: list[Run | None] = []
+    found: list[list[np.ndarray] | None] = []
+    for candidate in job.candidates:
+        row, run, values = Row(candidate), None, None
+        if candidate.only == "batch 1" and len(s.x) > 1:
+            row.refusal = "run with batch 1 only, for its length"
+        else:
+            try:
+                run = candidate.prepare(s)
+                with run.around():
+                    result = run.call()
+                values = arrays(run.values(result)) if run.values else None
+                del result
+            except NotOffered as refusal:
+                row.refusal, run = str(refusal), None
+            except Exception as error:  # a peer that fails is a row, not the end
+                row.refusal, run = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}", None
+        rows.append(row)
+        runs.append(run)
+        found.append(values)
+    reference = found[job.reference]
+    assert reference is not None
+    for row, run, values in zip(rows, runs, found, strict=True):
+        if values is not None and run is not None:
+            row.error = difference(values, stretched(reference) if run.scaled else reference)
+    return rows, runs
+
+
+def difference(values: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> float:
+    if [v.shape for v in values] != [r.shape for r in right]:
+        return float("inf")
+    return max(float(np.abs(v - r).max() / np.abs(r).max()) for v, r in zip(values, right, strict=True))
+
+
+def stretched(maps: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Each image's map from 0 to 1."""
+    low = [m - m.min((1, 2), keepdims=True) for m in maps]
+    return [m / m.max((1, 2), keepdims=True) for m in low]
+
+
+def measure(job: Job, s: Subject, rounds: int, least: float, tick: object) -> list[Row]:
+    """`rounds` rounds in which every candidate gets its turn, in an order that changes; see `Row`."""
+    rows, runs = prepare(job, s)
+    times: list[list[float]] = [[] for _ in rows]
+    timed = [i for i, run in enumerate(runs) if run is not None]
+    repeats = 1
+    for r in range(rounds + 1):  # the first is for warming up, and to learn how long the unit takes
+        shift = r % len(timed)
+        for i in [timed[0], *timed[1 + shift :], *timed[1 : 1 + shift]]:
+            run = runs[i]
+            assert run is not None
+            times[i].append(fastest(run, repeats, least))
+            tick()  # type: ignore[operator]
+        if r == 0:
+            repeats = int(max(1, min(10, least / times[0][0])))
+    for i in timed:
+        kept, unit = times[i][1:], times[0][1:]
+        rows[i].median = statistics.median(a / b for a, b in zip(kept, unit, strict=True))
+        rows[i].best = min(kept) / min(unit)
+    return rows
+
+
+def fastest(run: Run, repeats: int, least: float) -> float:
+    """Seconds of the fastest of some calls; what takes long is called once or twice, what takes nothing more often."""
+    gc.collect()
+    best, spent, calls = float("inf"), 0.0, 0
+    with run.around():
+        while calls < repeats and (calls < 2 or spent < 3 * least):
+            start = time.perf_counter()
+            result = run.call()
+            took = time.perf_counter() - start
+            del result
+            best, spent, calls = min(best, took), spent + took, calls + 1
+    return best
+
+
+def peak_memory(job: Job, model: str, batch: int, index: int) -> float | None:
+    """MB that one candidate's call needs above what its process held before it, in a process of its own."""
+    command = [sys.executable, __file__, "--one", f"{job.key},{model},{batch},{index}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def run_one(job: str, model: str, batch: str, index: str) -> None:
+    s = subject(model, int(batch), calibrated=False)  # that would be a larger peak than what is measured
+    run = JOBS[job].candidates[int(index)].prepare(s)
+    page = os.sysconf("SC_PAGE_SIZE")
+    with run.around():
+        gc.collect()
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * page
+        result = run.call()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    del result
+    print(max(0.0, (peak - before) / 2**20))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Telling
+
+
+def cell(row: Row) -> str:
+    return "—" if row.median is None else f"{row.median:.2f} ({row.best:.2f})"
+
+
+def remarks(results: Sequence[Result]) -> list[str]:
+    """What a table of ratios does not say: who did not take part, and whose values differ."""
+    said: dict[str, list[str]] = {}
+    for result in results:
+        for row in result.rows:
+            who = f"{row.candidate.who}, {row.candidate.setting}"
+            if row.refusal:
+                said.setdefault(f"{who}: {row.refusal}", []).append(result.title)
+            elif row.error is not None and not row.error <= TOLERANCE:
+                how = "differ in shape" if row.error == float("inf") else f"differ by {row.error:.0e} of the largest"
+                said.setdefault(f"{who}: its values {how}", []).append(result.title)
+    return [f"{text} ({', '.join(where)})" for text, where in said.items()]
+
+
+def by_job(results: Sequence[Result]) -> dict[str, list[Result]]:
+    return {key: found for key in JOBS if (found := [r for r in results if r.job.key == key])}
+
+
+def show(results: Sequence[Result], console: Console) -> None:
+    for key, found in by_job(results).items():
+        table = Table(title=f"{JOBS[key].title}. {JOBS[key].text}", title_justify="left")
+        table.add_column("who")
+        table.add_column("how")
+        for result in found:
+            table.add_column(result.title, justify="right")
+        for rows in zip(*(result.rows for result in found), strict=True):
+            table.add_row(rows[0].candidate.who, rows[0].candidate.setting, *map(cell, rows))
+        console.print(table)
+        for remark in remarks(found):
+            console.print(f"  {remark}")
+
+
+def markdown(results: Sequence[Result], rounds: int) -> str:
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make benchmark`. Ratios of wall time; the first row of each table is the unit. A cell holds the "
+        f"median over {rounds} interleaved rounds and, in brackets, the fastest call over the unit's fastest call, "
+        "which other programs on the machine disturb least. Batch 1 where nothing else is said, 224x224, random "
+        "weights, BatchNorm statistics from one pass over noise.",
+        "",
+        f"Before timing, the values of all candidates were compared with plain torch: equal within {TOLERANCE:g} of "
+        "the largest value where nothing else is said. Wrapping models, leaving hooks, tracing graphs and learning "
+        "the network is done once, outside of the time.",
+        "",
+        f"{platform.machine()}, {os.cpu_count()} CPU cores, {THREADS} threads; " + ", ".join(versions()) + ".",
+    ]
+    for key, found in by_job(results).items():
+        lines += ["", f"## {JOBS[key].title}", "", JOBS[key].text, ""]
+        lines += table_lines(found, cell)
+        if any(row.memory is not None for result in found for row in result.rows):
+            lines += ["", "Peak memory above what was there before the call, MB:", ""]
+            lines += table_lines(found, lambda row: "—" if row.memory is None else f"{row.memory:.0f}")
+        if notes := remarks(found):
+            lines += ["", *(f"- {note}" for note in notes)]
+    return "\n".join(lines) + "\n"
+
+
+def table_lines(found: Sequence[Result], say: object) -> list[str]:
+    lines = ["| | | " + " | ".join(r.title for r in found) + " |", "|---|---|" + "---:|" * len(found)]
+    for rows in zip(*(result.rows for result in found), strict=True):
+        cells = " | ".join(say(row) for row in rows)  # type: ignore[operator]
+        lines.append(f"| {rows[0].candidate.who} | {rows[0].candidate.setting} | {cells} |")
+    return lines
+
+
+def versions() -> list[str]:
+    import innersight
+
+    found = [f"innersight {innersight.__version__}", f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{package} not installed")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def chosen(given: str | None, known: Sequence[str], what: str) -> list[str]:
+    names = given.split(",") if given else list(known)
+    if wrong := [n for n in names if n not in known]:
+        raise SystemExit(f"no {what} {wrong[0]!r}; there are {', '.join(known)}")
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two rounds on ResNet-18, batch 1")
+    parser.add_argument("--models", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--jobs", help=f"of {', '.join(JOBS)}")
+    parser.add_argument("--batches", default="1,8", help="1, 8 or both; 8 is run where it says something")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", action="store_true", help="each candidate's peak of memory, too")
+    parser.add_argument("--out", type=Path, help="a Markdown file for the tables")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # the peers'
+    torch.set_num_threads(THREADS)
+    if options.one:
+        run_one(*options.one.split(","))
+        return
+    models = chosen(options.models or ("resnet18" if options.quick else None), list(MODELS), "model")
+    jobs = chosen(options.jobs, list(JOBS), "job")
+    batches = chosen("1" if options.quick else options.batches, ["1", "8"], "batch size")
+    rounds, least = (2, 0.0) if options.quick else (max(5, options.rounds), 0.3)
+    console = Console()
+    results = []
+    bar = [SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed} calls"), TimeElapsedColumn()]
+    for batch in map(int, batches):
+        for model in models:
+            wanted = [j for j in jobs if batch == 1 or (model, j) in BATCHED]
+            s = subject(model, batch) if wanted else None
+            for key in wanted:
+                assert s is not None
+                result = Result(JOBS[key], model, batch)
+                with Progress(*bar, console=console, transient=True) as progress:
+                    task = progress.add_task(f"{result.title}: {JOBS[key].title}")
+                    result.rows = measure(JOBS[key], s, rounds, least, lambda t=task, p=progress: p.advance(t))
+                if options.memory:
+                    for index, row in enumerate(result.rows):
+                        row.memory = None if row.refusal else peak_memory(JOBS[key], model, batch, index)
+                results.append(result)
+                console.print(f"{result.title}, {JOBS[key].title}: done")
+    show(results, console)
+    if options.out:
+        options.out.write_text(markdown(results, rounds))
+        console.print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
