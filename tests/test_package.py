@@ -17,15 +17,16 @@ SOURCE = ROOT / "src" / "innersight"
 ALLOWED = {
     "errors": set(),
     "observe": {"observe"},
-    "images": set(),
+    "preprocess": set(),
+    "images": {"preprocess"},
     "methods": {"methods"},
     "targets": {"observe"},
     "draw": {"draw"},
     "results": {"draw", "images"},
     "layers": {"observe"},
-    "formats": {"formats", "images", "observe"},
+    "formats": {"formats", "observe", "preprocess"},
     "network": {"formats", "images", "layers", "methods", "observe", "results", "targets"},
-    "data": {"data", "images"},
+    "data": {"data", "preprocess"},
 }
 
 

@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 _HOME = {
     "open": "innersight.network",
     "Network": "innersight.network",
-    "Preprocess": "innersight.images",
+    "Preprocess": "innersight.preprocess",
     "load": "innersight.results",
     "InnersightError": "innersight.errors",
 }
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from innersight import targets as targets
     from innersight import testing as testing
     from innersight.errors import InnersightError as InnersightError
-    from innersight.images import Preprocess as Preprocess
     from innersight.network import Network as Network
     from innersight.network import open as open
+    from innersight.preprocess import Preprocess as Preprocess
     from innersight.results import load as load
 
 

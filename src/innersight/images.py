@@ -4,8 +4,8 @@
     inputs.tensor                                       # (N, 3, 224, 224) float32
     inputs.pictures[0].back(map_on_the_input)           # (H0, W0), on the photograph as people see it
 
-`Preprocess` is the record of what a model wants of a picture, `Picture` one picture with the geometry from its own
-pixels to the input's, `read` and `iterate` turn whatever was handed in into both.
+`Picture` is one picture with the geometry from its own pixels to the input's, `read` and `iterate` turn whatever was
+handed in into pictures and a tensor, by the `Preprocess` record of what the model wants (`preprocess`).
 
 Coordinates are pixel edges everywhere: x runs from 0 at the left edge of the first pixel to W at the right edge of the
 last one, so that pixel i covers [i, i + 1] and its center is i + 0.5.
@@ -16,27 +16,24 @@ from __future__ import annotations
 import contextlib
 import difflib
 import glob
-import json
 import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from innersight.errors import InputError, unknown
+from innersight.errors import InputError
+from innersight.preprocess import CHANNELS, MAX_PIXELS, Affine, Preprocess, as_text, positive_int
 
 if TYPE_CHECKING:
     import torch
-
-MAX_PIXELS = 100_000_000
-"""Pictures with more pixels are refused, by their header, before anything is decoded."""
 
 KEPT_PIXELS = 64_000_000
 """Originals of files stay in memory up to this many pixels in all; later ones are read again when looked at."""
@@ -50,425 +47,7 @@ SUFFIXES = frozenset(
 # Not every format that Pillow knows: EPS runs an interpreter on what is in the file.
 FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM TGA TIFF WEBP".split()
 
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-}
-CHANNELS = {"RGB": 3, "BGR": 3, "L": 1}
-RESIZE = ("crop", "squash", "letterbox", "keep")
-
-Affine = tuple[float, float, float, float]
 Box = tuple[float, float, float, float]
-
-
-# --- what a model wants of a picture ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """What a model wants of a picture: its size, channels and values.
-
-    size:          (H, W) the model takes. For `resize="keep"`: the size assumed where no picture is at hand
-    channels:      "RGB", "BGR" or "L" (one grey channel; color is brought to luma)
-    resize:        "crop": keep the proportions, cover the size, cut what is over; "squash": both sides to the size;
-                   "letterbox": keep the proportions, fit inside, fill around; "keep": keep the proportions and cut
-                   nothing, so the input is as large as the picture makes it (segmentation and detection)
-    resize_to:     what the picture is resized to before the cut around the center: the length of the shorter side, or
-                   the (H, W) to cover, to squash to, or to fit into. None: `size`, nothing more is cut than must be
-    interpolation: nearest, bilinear, bicubic, lanczos, box or hamming: Pillow's, so smaller means antialiased
-    scale:         pixels 0..255 times this, ...
-    mean:          ... minus this, for each channel or one for all, in the order of `channels`, ...
-    std:           ... over this
-    invert:        dark on light turned into light on dark (pixel = 255 - pixel) before the scale
-    fill:          0..255, what surrounds a picture that is smaller than `size`, as the model sees it
-    crop_rounding: where half a pixel of margin goes: "even" as torchvision and timm do it, "down" as transformers does
-    longest:       for "keep": the longer side is made no longer than this
-
-    >>> Preprocess((224, 224), resize_to=256).describe()
-    '224x224 RGB: shorter side to 256 (bilinear), center crop; values 0..1'
-    """
-
-    size: tuple[int, int]
-    channels: str = "RGB"
-    resize: str = "crop"
-    resize_to: int | tuple[int, int] | None = None
-    interpolation: str = "bilinear"
-    scale: float = 1 / 255
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    invert: bool = False
-    fill: tuple[int, ...] = (0,)
-    crop_rounding: str = "even"
-    longest: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("size", "resize_to", "mean", "std", "fill"):
-            value = getattr(self, name)
-            if isinstance(value, (list, np.ndarray)):
-                object.__setattr__(self, name, tuple(value))
-            elif name in ("mean", "std", "fill") and not isinstance(value, tuple):
-                object.__setattr__(self, name, (value,))
-        self._check()
-
-    def _check(self) -> None:
-        choices: tuple[tuple[str, str, Iterable[str]], ...] = (
-            ("channels", self.channels, CHANNELS),
-            ("resize", self.resize, RESIZE),
-            ("interpolation", self.interpolation, RESAMPLING),
-            ("crop_rounding", self.crop_rounding, ("even", "down")),
-        )
-        for name, value, known in choices:
-            if value not in tuple(known):
-                raise unknown(name, value, known, " in preprocess")
-        sizes = [("size", self.size)]
-        if isinstance(self.resize_to, tuple):
-            sizes.append(("resize_to", self.resize_to))
-        for name, pair in sizes:
-            if not (isinstance(pair, tuple) and len(pair) == 2 and all(_positive_int(side) for side in pair)):
-                raise InputError(f"preprocess {name} must be (height, width) in pixels, got {pair!r}")
-        for name, side in (("resize_to", self.resize_to), ("longest", self.longest)):
-            if not (side is None or isinstance(side, tuple) or _positive_int(side)):
-                raise InputError(f"preprocess {name} must be a number of pixels, got {side!r}")
-        for name, values in (("mean", self.mean), ("std", self.std), ("fill", self.fill)):
-            if len(values) not in (1, CHANNELS[self.channels]):
-                raise InputError(
-                    f"preprocess {name} must hold one number or one for each of the {CHANNELS[self.channels]} channels "
-                    f"({self.channels}), got {len(values)}"
-                )
-        if not self.scale or not all(self.std):
-            raise InputError("preprocess scale and std must not be 0")
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what comes out."""
-        return (CHANNELS[self.channels], *self.size)
-
-    def describe(self) -> str:
-        """What is done to a picture, in one line for people."""
-        height, width = self.size
-        to = self.resize_to
-        whole = f"{to[0]}x{to[1]}" if isinstance(to, tuple) else to
-        cut = ", center crop" if to else ""
-        if self.resize == "crop":
-            how = f"shorter side to {whole}" if isinstance(to, int) else f"resized to cover {whole or 'it'}"
-            how += f" ({self.interpolation}), center crop"
-        elif self.resize == "squash":
-            how = f"both sides resized to {whole or 'it'} ({self.interpolation}){cut}"
-        elif self.resize == "letterbox":
-            how = f"fit inside {whole or 'it'} ({self.interpolation}), filled with {_numbers(self.fill)}"
-        else:
-            how = f"shorter side to {whole} ({self.interpolation})" if to else "as large as it is"
-            how += f", longer side at most {self.longest}" if self.longest else ""
-        start = f"{height}x{width} {self.channels}" if self.resize != "keep" else f"{self.channels} of any size"
-        values = f"values 0..{255 * self.scale:g}"
-        values += f" minus {_numbers(self.mean)}" if any(self.mean) else ""
-        values += f" over {_numbers(self.std)}" if any(s != 1 for s in self.std) else ""
-        return f"{start}: {how}; {'light and dark exchanged, ' if self.invert else ''}{values}"
-
-    def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain values; `from_json` reads it."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any] | str) -> Preprocess:
-        """The record that `to_json` wrote, as a dictionary or as text."""
-        values = json.loads(record) if isinstance(record, str) else dict(record)
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise unknown("field", name, known, " in a preprocess record")
-        if "size" not in values:
-            raise InputError('a preprocess record needs "size": [height, width]')
-        return cls(**values)
-
-    @classmethod
-    def for_shape(cls, input_shape: Sequence[int]) -> Preprocess:
-        """What is assumed where nothing says how a model of that (C, H, W) wants its pictures: values 0..1, no mean."""
-        if len(input_shape) != 3 or input_shape[0] not in (1, 3):
-            raise InputError(
-                f"this model takes {_shape(input_shape)}, which no picture can be turned into: "
-                f"pass a float tensor {_shape(('N', *input_shape))}"
-            )
-        channels, height, width = (int(side) for side in input_shape)
-        return cls((height, width), channels="L" if channels == 1 else "RGB")
-
-    @classmethod
-    def from_torchvision(cls, transform: Any) -> tuple[Preprocess | None, str]:
-        """The record of a `weights.transforms()` of torchvision, and a note.
-
-        The note says what the record leaves open, "" for nothing; with None it is the reason why there is no record.
-        """
-        kind = type(transform).__name__
-        if kind == "ObjectDetection" and type(transform).__module__.startswith("torchvision."):
-            return cls((480, 640), resize="keep"), "the detector resizes pictures itself"
-        if kind not in ("ImageClassification", "SemanticSegmentation"):
-            return None, f"{kind} is not one of torchvision's presets for single pictures"
-        if not all(hasattr(transform, name) for name in ("resize_size", "mean", "std", "interpolation")):
-            return None, f"this {kind} does not say how it resizes and normalizes"
-        interpolation = str(getattr(transform.interpolation, "value", transform.interpolation))
-        if interpolation not in RESAMPLING:
-            return None, f"interpolation {interpolation!r} is not known here"
-        resize_to = _side_or_pair(transform.resize_size)
-        if kind == "ImageClassification":
-            size, resize = _pair(transform.crop_size), "squash" if isinstance(resize_to, tuple) else "crop"
-        elif isinstance(resize_to, tuple):
-            size, resize = resize_to, "squash"
-        else:
-            size, resize = _pair(resize_to or 520), "keep"
-        record = cls(
-            size,
-            resize=resize,
-            resize_to=resize_to,
-            interpolation=interpolation,
-            mean=tuple(transform.mean),
-            std=tuple(transform.std),
-        )
-        return record, ""
-
-    @classmethod
-    def from_timm(cls, config: Mapping[str, Any]) -> tuple[Preprocess | None, str]:
-        """The record of timm's evaluation transform for a `pretrained_cfg` or a resolved data config, and a note.
-
-        What the config leaves out is timm's default. The note is as for `from_torchvision`.
-        """
-        config = _mapping(config)
-        channels, height, width = config.get("input_size") or (3, 224, 224)
-        if channels not in (1, 3):
-            return None, f"it takes {channels} channels, which no picture has"
-        interpolation = config.get("interpolation") or "bicubic"
-        if interpolation not in RESAMPLING:
-            return None, f"interpolation {interpolation!r} is not known here"
-        mean = tuple(config.get("mean") or (0.485, 0.456, 0.406))
-        std = tuple(config.get("std") or (0.229, 0.224, 0.225))
-        if len(mean) not in (1, channels) or len(std) not in (1, channels):
-            return None, f"its mean and std hold {len(mean)} and {len(std)} numbers for {channels} channels"
-        crop = config.get("crop_pct") or 0.875
-        mode = config.get("crop_mode") or "center"
-        whole = math.floor(height / crop), math.floor(width / crop)
-        record = cls(
-            (height, width),
-            channels="L" if channels == 1 else "RGB",
-            resize={"squash": "squash", "border": "letterbox"}.get(mode, "crop"),
-            # timm takes another road for inputs that are not square; its rounding differs
-            resize_to=whole[0] if mode == "center" and whole[0] == whole[1] else whole,
-            interpolation=interpolation,
-            mean=mean,
-            std=std,
-            fill=tuple(round(255 * m) for m in mean) if mode == "border" else (0,),
-        )
-        return record, ""
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> tuple[Preprocess | None, str]:
-        """The record of a transformers image processor (its `to_dict()` or preprocessor_config.json), and a note.
-
-        The note is as for `from_torchvision`. transformers' Pillow processors are matched; its torchvision ones
-        resize tensors, which differs by a rounding of the pixel values.
-        """
-        config = _mapping(config)
-        geometry, note = _hf_geometry(config)
-        if geometry is None:
-            return None, note
-        resample = config.get("resample")
-        names = {int(number): name for name, number in RESAMPLING.items()}
-        if resample is not None and int(resample) not in names:
-            return None, f"resample={resample} is not known here"
-        scale, mean, std = _hf_values(config)
-        if not {len(mean), len(std)} <= {1, 3}:
-            return None, "its mean and std are not those of a color picture"
-        if config.get("do_pad"):
-            note = "; ".join(filter(None, [note, "the padding of its processor is left out"]))
-        record = cls(
-            channels="BGR" if config.get("do_flip_channel_order") else "RGB",
-            interpolation=names[2 if resample is None else int(resample)],
-            scale=scale,
-            mean=mean,
-            std=std,
-            crop_rounding="down",
-            **geometry,
-        )
-        return record, note
-
-    def apply(self, image: Image.Image, name: str = "the picture") -> tuple[np.ndarray, Affine]:
-        """The input (C, H, W) float32 made of an RGB or L picture, and (sx, sy, tx, ty) from its pixels to the input's.
-
-        `name` is what an error calls it.
-        """
-        (width, height), (left, top), (out_width, out_height) = self._layout(*image.size)
-        if width * height > MAX_PIXELS or out_width * out_height > MAX_PIXELS:
-            raise InputError(
-                f"{name} is {image.width}x{image.height} pixels, too long and thin for {self.describe()}: "
-                f"cut it, or use resize='letterbox' in preprocess="
-            )
-        affine = (width / image.width, height / image.height, float(-left), float(-top))
-        image = image.convert("L" if self.channels == "L" else "RGB")
-        if image.size != (width, height):
-            image = image.resize((width, height), RESAMPLING[self.interpolation])
-        pixels = np.asarray(image).reshape(height, width, -1)
-        pixels = pixels[max(top, 0) : top + out_height, max(left, 0) : left + out_width]
-        if self.channels == "BGR":
-            pixels = pixels[..., ::-1]
-        if self.invert:
-            pixels = 255 - pixels
-        if pixels.shape[:2] != (out_height, out_width):
-            canvas = np.empty((out_height, out_width, pixels.shape[2]), np.uint8)
-            canvas[:] = self.fill
-            y, x = max(-top, 0), max(-left, 0)
-            canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
-            pixels = canvas
-        # Divided, not multiplied, by the exact 255: so the values are torchvision's to the last bit.
-        values = pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(1 / self.scale)
-        mean, std = (np.array(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
-        return np.ascontiguousarray((values - mean) / std), affine
-
-    def _layout(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """(w, h) of the resized picture, (left, top) of the input in it (negative: filled), (W, H) of the input."""
-        resized = self._resized(width, height)
-        if self.resize == "keep":
-            return resized, (0, 0), resized
-        out = self.size[1], self.size[0]
-        left, top = (self._margin(have, want) for have, want in zip(resized, out, strict=True))
-        return resized, (left, top), out
-
-    def _margin(self, have: int, want: int) -> int:
-        if have < want:
-            return -((want - have) // 2)
-        return (have - want) // 2 if self.crop_rounding == "down" else round((have - want) / 2)
-
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """(w, h) before the cut; the roundings are those of torchvision (one side given) and timm (two)."""
-        to = self.resize_to
-        if self.resize == "keep":
-            return self._kept(width, height)
-        if self.resize == "crop" and (isinstance(to, int) or (to is None and self.size[0] == self.size[1])):
-            return _shorter_side_to(to if isinstance(to, int) else self.size[0], width, height)
-        if isinstance(to, int):  # in the proportions of the input
-            to_height, to_width = (round(side * to / min(self.size)) for side in self.size)
-        else:
-            to_height, to_width = to or self.size
-        if self.resize == "squash":
-            return to_width, to_height
-        ratios = height / to_height, width / to_width
-        ratio = min(ratios) if self.resize == "crop" else max(ratios)
-        return max(round(width / ratio), 1), max(round(height / ratio), 1)
-
-    def _kept(self, width: int, height: int) -> tuple[int, int]:
-        shorter, longer = sorted((width, height))
-        to = shorter if self.resize_to is None else min(_pair(self.resize_to))
-        if self.longest is None or longer / shorter * to <= self.longest:
-            return _shorter_side_to(to, width, height)
-        # As transformers' detectors round it.
-        exact = self.longest * shorter / longer
-        short, long = max(round(exact), 1), max(int(exact * longer / shorter), 1)
-        return (short, long) if width < height else (long, short)
-
-
-def _shorter_side_to(side: int, width: int, height: int) -> tuple[int, int]:
-    """(w, h) with the shorter one `side` long, as torchvision rounds the longer one: down."""
-    if width <= height:
-        return side, int(side * height / width)
-    return int(side * width / height), side
-
-
-def _hf_geometry(config: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """`size`, `resize`, `resize_to` and `longest` of a transformers image processor; None and a reason if unknown."""
-    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
-    crop = config.get("crop_size") if config.get("do_center_crop") else None
-    cut = None if crop is None else _hf_size(crop)
-    note = ""
-    if config.get("do_resize") is False:
-        if cut is not None:
-            return None, "its processor crops without resizing"
-        return {"size": (480, 640), "resize": "keep"}, "pictures keep their size"
-    size = config.get("size")
-    if isinstance(size, (int, float)):
-        by_side = ("CLIP", "ConvNext", "Levit", "MobileNet", "MobileViT", "PoolFormer", "Bit")
-        key = "shortest_edge" if kind.startswith(by_side) else "square"
-        note = f"size={size} of an old config read as the {'shorter side' if key != 'square' else 'square'}"
-        size = {"shortest_edge": int(size)} if key != "square" else {"height": int(size), "width": int(size)}
-    size = {name: int(side) for name, side in _mapping(size or {}).items() if side}
-    side = size.get("shortest_edge")
-    if side and config.get("crop_pct") and cut is None and side >= 384:  # ConvNeXt: whole pictures from there on
-        return {"size": (side, side), "resize": "squash"}, note
-    if side and config.get("crop_pct"):
-        return {"size": cut or (side, side), "resize_to": int(side / config["crop_pct"])}, note
-    if side and kind.startswith("Levit"):
-        side = int(256 / 224 * side)
-    if side and cut:
-        return {"size": cut, "resize_to": side}, note
-    if side:
-        return {"size": (side, side), "resize": "keep", "resize_to": side, "longest": size.get("longest_edge")}, note
-    if "height" in size and "width" in size:
-        whole = size["height"], size["width"]
-        return {"size": cut or whole, "resize": "squash", "resize_to": whole if cut else None}, note
-    return None, f"its processor resizes in a way that is not known here (size={config.get('size')!r})"
-
-
-def _hf_values(config: Mapping[str, Any]) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
-    """Scale, mean and std of a transformers image processor."""
-    scale = 1.0 if config.get("do_rescale") is False else float(config.get("rescale_factor") or 1 / 255)
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    # MobileViT carries a mean that it does not use, and nothing that says so.
-    normalizes = config.get("do_normalize", "image_mean" in config and "do_flip_channel_order" not in config)
-    if normalizes:
-        mean, std = _many(config.get("image_mean", 0.5)), _many(config.get("image_std", 0.5))
-    if config.get("rescale_offset"):  # EfficientNet: x * scale - 1
-        mean = tuple(m + 1 for m in mean)
-    if config.get("include_top"):  # EfficientNet again: over std a second time
-        std = tuple(s * t for s, t in zip(std, _many(config.get("image_std", 1.0)), strict=True))
-    return scale, mean, std
-
-
-def _hf_size(size: Any) -> tuple[int, int]:
-    if isinstance(size, (int, float)):
-        return int(size), int(size)
-    size = _mapping(size)
-    both = size.get("shortest_edge")
-    return int(size.get("height") or both), int(size.get("width") or both)
-
-
-def _mapping(config: Any) -> dict[str, Any]:
-    """A plain dictionary of a config, whichever class of its library holds it."""
-    if isinstance(config, Mapping):
-        return dict(config)
-    for name in ("to_dict", "_asdict"):
-        if hasattr(config, name):
-            return dict(getattr(config, name)())
-    return dict(getattr(config, "__dict__", {}) or config)
-
-
-def _many(value: Any) -> tuple[float, ...]:
-    return tuple(float(v) for v in value) if isinstance(value, Iterable) else (float(value),)
-
-
-def _pair(side: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(side, int):
-        return side, side
-    return (int(side[0]), int(side[1])) if len(side) == 2 else (int(side[0]), int(side[0]))
-
-
-def _side_or_pair(size: int | Sequence[int] | None) -> int | tuple[int, int] | None:
-    if size is None or isinstance(size, int):
-        return size
-    return _pair(size) if len(size) == 2 else int(size[0])
-
-
-def _positive_int(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) > 0
-
-
-def _numbers(values: Sequence[float]) -> str:
-    texts = [f"{v:.4g}" for v in values]
-    return texts[0] if len(set(texts)) == 1 else f"({', '.join(texts)})"
-
-
-def _shape(shape: Iterable[Any]) -> str:
-    return f"({', '.join(str(side) for side in shape)})"
 
 
 # --- one picture, and the way back to it -----------------------------------------------------------------------------
@@ -563,7 +142,7 @@ class Picture:
         """
         grid = _numpy(values)
         if grid.ndim < 2 or 0 in grid.shape:
-            raise InputError(f"a map to be put back on {self.name} must be (..., h, w), got {_shape(grid.shape)}")
+            raise InputError(f"a map to be put back on {self.name} must be (..., h, w), got {as_text(grid.shape)}")
         grid = grid.astype(np.float64 if grid.dtype == np.float64 else np.float32, copy=False)
         (height, width), (in_height, in_width), (sx, sy, tx, ty) = self._size, self.input_size, self.to_input
         y = (np.arange(height) + 0.5) * sy + ty
@@ -643,7 +222,7 @@ class Inputs:
         return len(self.pictures)
 
     def __repr__(self) -> str:
-        return f"<Inputs {_shape(self.tensor.shape)} of {', '.join(p.name for p in self.pictures[:3])}" + (
+        return f"<Inputs {as_text(self.tensor.shape)} of {', '.join(p.name for p in self.pictures[:3])}" + (
             f" and {len(self) - 3} more>" if len(self) > 3 else ">"
         )
 
@@ -679,8 +258,8 @@ def read(images: Any, preprocess: Preprocess | None, *, input_shape: Sequence[in
     for block in blocks:
         if block.tensor.shape[1:] != first.tensor.shape[1:]:
             raise InputError(
-                f"{block.pictures[0].name} is {_shape(block.tensor.shape[1:])} and {first.pictures[0].name} "
-                f"{_shape(first.tensor.shape[1:])} at the input, so they do not fit into one batch: hand them in one "
+                f"{block.pictures[0].name} is {as_text(block.tensor.shape[1:])} and {first.pictures[0].name} "
+                f"{as_text(first.tensor.shape[1:])} at the input, so they do not fit into one batch: hand them in one "
                 f"at a time, or bring them to one size (preprocess= with resize='letterbox' does)"
             )
     return _joined(blocks, reader.notes)
@@ -693,7 +272,7 @@ def iterate(
 
     The last batch may be smaller, and so is one that is followed by an input of another size.
     """
-    if not _positive_int(batch):
+    if not positive_int(batch):
         raise InputError(f"batch must be a whole number from 1 on, got {batch!r}")
     return _batches(_Reader(preprocess, input_shape, batch), images, batch)
 
@@ -830,8 +409,8 @@ class _Reader:
         made = self.preprocess.shape[0]
         if shape is not None and (len(shape) != 3 or shape[0] != made):
             raise InputError(
-                f"this model takes {_shape(shape)}, but a picture becomes {_shape(self.preprocess.shape)} by its "
-                f"preprocess record: pass a preprocess= that fits, or a float tensor {_shape(('N', *shape))}"
+                f"this model takes {as_text(shape)}, but a picture becomes {as_text(self.preprocess.shape)} by its "
+                f"preprocess record: pass a preprocess= that fits, or a float tensor {as_text(('N', *shape))}"
             )
         return self.preprocess
 
@@ -845,14 +424,14 @@ class _Reader:
         kind = str(array.dtype).removeprefix("torch.")
         shape = tuple(array.shape)
         if 0 in shape:
-            raise InputError(f"{self.next_name()} is an empty {what} of shape {_shape(shape)}")
+            raise InputError(f"{self.next_name()} is an empty {what} of shape {as_text(shape)}")
         if kind == "uint8":
             yield from self.pixels(_numpy_pixels(array), labels, torch_order=tensor)
         elif array.is_floating_point() if tensor else array.dtype.kind == "f":
             yield from self.floats(array, what, labels)
         else:
             raise InputError(
-                f"{self.next_name()} is {_a(kind)} {what} of shape {_shape(shape)}: "
+                f"{self.next_name()} is {_a(kind)} {what} of shape {as_text(shape)}: "
                 f"uint8 (0..255) is read as a picture and float as what the model eats, convert it to one of them"
             )
 
@@ -896,20 +475,20 @@ class _Reader:
         axes = ("C", "H", "W") if rank == 3 or wanted is None else wanted
         if len(shape) not in (rank, rank + 1):
             raise InputError(
-                f"{name} is a float {what} of shape {_shape(shape)}: floats are taken as what the model eats, "
-                f"{_shape(axes)} or {_shape(('N', *axes))}; pass uint8 for a picture"
+                f"{name} is a float {what} of shape {as_text(shape)}: floats are taken as what the model eats, "
+                f"{as_text(axes)} or {as_text(('N', *axes))}; pass uint8 for a picture"
             )
         single = len(shape) == rank
         channels = shape[0] if single else shape[1]
         if wanted is None and self.preprocess is not None:
             wanted = self.preprocess.shape
         if wanted is not None and channels != wanted[0]:
-            hint = f"pass {_shape(('N', *wanted))}"
+            hint = f"pass {as_text(('N', *wanted))}"
             if rank == 3 and shape[-1] == wanted[0]:
                 hint = f"its axes seem to be {'' if single else 'N, '}H, W, C, transpose them"
             raise InputError(
-                f"{name} is a float {what} of shape {_shape(shape)} with {channels} channel{'s' * (channels != 1)}, "
-                f"but this model takes {_shape(wanted)}: {hint}"
+                f"{name} is a float {what} of shape {as_text(shape)} with {channels} channel{'s' * (channels != 1)}, "
+                f"but this model takes {as_text(wanted)}: {hint}"
             )
         return single
 
@@ -949,7 +528,7 @@ def _as_pictures(array: np.ndarray, torch_order: bool, name: str) -> tuple[np.nd
         return array[None, ..., None], ""
     if array.ndim not in (3, 4):
         raise InputError(
-            f"{name} is a uint8 array of shape {_shape(array.shape)}: a picture is (H, W) or (H, W, 3), "
+            f"{name} is a uint8 array of shape {as_text(array.shape)}: a picture is (H, W) or (H, W, 3), "
             f"a batch (N, H, W, 3)"
         )
     batch = array if array.ndim == 4 else array[None]
@@ -959,11 +538,11 @@ def _as_pictures(array: np.ndarray, torch_order: bool, name: str) -> tuple[np.nd
         return usual, ""
     if other.shape[-1] in (1, 3):
         axes = "(H, W, C)" if torch_order else "(C, H, W)"
-        return other, f"uint8 {_shape(array.shape)} read as {axes} pictures"
+        return other, f"uint8 {as_text(array.shape)} read as {axes} pictures"
     if array.ndim == 3:
-        return array[..., None], f"uint8 {_shape(array.shape)} read as {len(array)} grey pictures (N, H, W)"
+        return array[..., None], f"uint8 {as_text(array.shape)} read as {len(array)} grey pictures (N, H, W)"
     raise InputError(
-        f"{name} is a uint8 array of shape {_shape(array.shape)}, and neither axis 1 nor the last one is 1 or 3 long: "
+        f"{name} is a uint8 array of shape {as_text(array.shape)}, and neither axis 1 nor the last one is 1 or 3 long: "
         f"a batch of pictures is (N, H, W, 3)"
     )
 

@@ -16,7 +16,7 @@ from innersight import errors
 if TYPE_CHECKING:
     import torch
 
-    from innersight.images import Preprocess
+    from innersight.preprocess import Preprocess
 
 NAMES = ("digits", "mnist")
 
@@ -82,6 +82,6 @@ def load(name: str, root: str | Path | None = None) -> Digits:
 
 def preprocess() -> Preprocess:
     """What turns a picture of a digit, white on black, into an input of a network trained on these sets."""
-    from innersight.images import Preprocess
+    from innersight.preprocess import Preprocess
 
     return Preprocess(size=(28, 28), channels="L", resize="letterbox", interpolation="bicubic")

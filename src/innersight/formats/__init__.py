@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from innersight.images import Preprocess
+    from innersight.preprocess import Preprocess
 
 
 @dataclass

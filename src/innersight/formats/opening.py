@@ -15,7 +15,7 @@ from innersight.formats import Opened
 if TYPE_CHECKING:
     import torch
 
-    from innersight.images import Preprocess
+    from innersight.preprocess import Preprocess
 
 LATER = {".onnx", ".keras", ".h5", ".hdf5", ".tflite"}
 ZOOS = ("torchvision", "timm", "hf")
@@ -191,7 +191,7 @@ def read_labels(labels: Sequence[str] | Mapping[int, str] | str | Path) -> list[
 
 
 def _preprocess(given: Any) -> Preprocess:
-    from innersight.images import Preprocess
+    from innersight.preprocess import Preprocess
 
     if isinstance(given, Preprocess):
         return given

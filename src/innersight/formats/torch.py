@@ -12,9 +12,9 @@ from torch import nn
 
 from innersight.errors import InputError, Unsupported
 from innersight.formats import Opened
-from innersight.images import Preprocess
 from innersight.observe.guard import as_found
 from innersight.observe.observer import first_tensor
+from innersight.preprocess import Preprocess
 
 # Sides that are tried, in this order, where nothing says what a network takes: ImageNet's first, then the small sets'.
 SIDES = {1: (28, 32, 64, 96, 128, 224, 256), 3: (224, 32, 64, 96, 128, 299, 256, 384, 512, 28)}

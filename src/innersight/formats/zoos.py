@@ -23,7 +23,7 @@ from innersight.errors import InputError, Unsupported, need, unknown
 from innersight.formats import Opened
 from innersight.formats.torch import open_module
 from innersight.formats.weights import by, few, matched, mismatched, put_into, read, refuse, seeded, state_in
-from innersight.images import Preprocess
+from innersight.preprocess import Preprocess
 
 TIMEOUT = 10  # seconds without a byte before a download is given up
 
