@@ -17,6 +17,8 @@ import innersight
 from innersight import data as digit_sets
 from innersight import demo, errors
 from innersight.data.small_cnn import SimpleCNN, load_weights
+from innersight.demo import figures, page, words
+from innersight.demo import study as measured
 from innersight.draw import color, plots
 
 EACH = 12  # held-out images of each digit, so that the tests are quick
@@ -255,49 +257,49 @@ def test_sentences_say_the_numbers(done):
 
 def test_silent_channels_are_named():
     cells = np.zeros((10, 4))
-    some = demo.Firing("relu", 200, np.array([200, 0, 1, 0]), np.ones(4), cells)
-    assert demo._silent(some) == (
+    some = measured.Firing("relu", 200, np.array([200, 0, 1, 0]), np.ones(4), cells)
+    assert words.silent(some) == (
         "conv1: channels 1 and 3 never fire in any of the 200 held-out images, so they could be cut out without "
         "changing an answer to one of them; channel 2 fires in only 1 of them."
     )
-    one = demo.Firing("relu_1", 200, np.array([200, 0]), np.ones(2), cells)
-    assert "conv2: channel 1 never fires in any of the 200 held-out images, so it could be cut out" in demo._silent(one)
-    none = demo.Firing("relu_1", 200, np.array([200, 150]), np.ones(2), cells)
-    assert demo._silent(none).endswith("each fires somewhere in at least 75.0% of the held-out images.")
+    one = measured.Firing("relu_1", 200, np.array([200, 0]), np.ones(2), cells)
+    assert "conv2: channel 1 never fires in any of the 200 held-out images, so it could be cut out" in words.silent(one)
+    none = measured.Firing("relu_1", 200, np.array([200, 150]), np.ones(2), cells)
+    assert words.silent(none).endswith("each fires somewhere in at least 75.0% of the held-out images.")
 
 
 def test_a_network_without_mistakes_shows_its_least_sure_answers(done, digits, logits, monkeypatch):
-    monkeypatch.setattr(demo, "MOST_REMOVED", 2)
+    monkeypatch.setattr(measured, "MOST_REMOVED", 2)
     net = innersight.open(done.model, input_shape=(1, 28, 28), preprocess=digits.preprocess)
     believed = replace(digits, test_labels=logits.argmax(1))
-    study = demo._study(net, believed, 3, 1, lambda *_: None)
+    study = measured.measure(net, believed, 3, 1, lambda *_: None)
     top = logits.double().softmax(1).topk(2, 1)
     least = top.values[:, 0].argsort()[:5].tolist()
     assert [look.index for look in study.looks] == least
     assert [look.rival for look in study.looks] == top.indices[least, 1].tolist()
-    said = "\n".join(study.findings)
+    said = "\n".join(words.findings(study))
     assert f"There is no mistake among {10 * EACH} images" in said
     assert "read right with only" in said
     assert "confused" not in said
-    assert demo._which(study) == "the first 2 held-out images"
+    assert words.which(study) == "the first 2 held-out images"
     assert study.dependence["relu"].images.tolist() == [2] * 10
-    page = demo._page(study, net)
-    assert "Its least sure answers" in page
-    assert "the first 2 held-out images of each digit" in page
+    text = page.render(study, net)
+    assert "Its least sure answers" in text
+    assert "the first 2 held-out images of each digit" in text
     assert "Each channel was removed alone, on the first 2 held-out images of each digit" in said
 
 
 def test_shares_are_never_rounded_to_a_certainty():
-    said = [demo._percent(v) for v in (0, 0.0001, 0.98873, 0.9994, 0.99999, 1.0)]
+    said = [words.percent(v) for v in (0, 0.0001, 0.98873, 0.9994, 0.99999, 1.0)]
     assert said == ["0%", "under 0.1%", "98.9%", "over 99.9%", "over 99.9%", "100%"]
 
 
 def test_wilson_interval_is_that_of_the_literature():
     """R. G. Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
-    assert demo.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert demo.wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
-    assert demo.wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
-    assert demo.wilson(29, 29) == pytest.approx((0.8830, 1), abs=1e-4)
+    assert measured.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert measured.wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert measured.wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert measured.wilson(29, 29) == pytest.approx((0.8830, 1), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +317,7 @@ def test_place(cells, words, share, box):
     values = np.zeros((4, 4), np.float32)
     for at, value in cells.items():
         values[at] = value
-    assert demo.place(values) == demo.Place(words, share, box)
+    assert measured.place(values) == measured.Place(words, share, box)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,17 +359,17 @@ def test_the_page_shows_every_picture_and_every_word_safely(done):
 
 
 def test_the_weights_open_as_the_printed_commands_say(done, digits, logits):
-    net = innersight.open(str(done.out / "weights.safetensors"), arch=demo.ARCH)
+    net = innersight.open(str(done.out / "weights.safetensors"), arch=measured.ARCH)
     np.testing.assert_allclose(net.predict(digits.test_images).logits, logits, atol=1e-5)
     lines = done.result.lines()
     commands = lines[lines.index("Next:") + 1 :]
-    assert commands[0].strip() == f"innersight layers {done.out / 'weights.safetensors'} --arch {demo.ARCH}"
-    assert all(str(done.out / "weights.safetensors") in c and demo.ARCH in c for c in commands)
+    assert commands[0].strip() == f"innersight layers {done.out / 'weights.safetensors'} --arch {measured.ARCH}"
+    assert all(str(done.out / "weights.safetensors") in c and measured.ARCH in c for c in commands)
     assert lines[0] == "Data: some <digits> & others."
 
 
 def test_the_example_picture_is_the_digit_of_the_maps(done, digits):
-    net = innersight.open(str(done.out / "weights.safetensors"), arch=demo.ARCH)
+    net = innersight.open(str(done.out / "weights.safetensors"), arch=measured.ARCH)
     answer = net.predict(str(done.out / "example.png")).classes[0]
     with Image.open(done.out / "example.png") as picture:
         pixels = torch.from_numpy(np.asarray(picture).copy()) / 255
@@ -404,7 +406,7 @@ def quick(monkeypatch, digits):
     monkeypatch.setattr(digit_sets, "load", lambda _name, _root: digits)
     monkeypatch.setattr(plots, "png", lambda _figure: b"drawn elsewhere")
     for name in ("_draw_confusion", "_draw_maps", "_draw_removed", "_draw_firing", "_draw_right", "_draw_worst"):
-        monkeypatch.setattr(demo, name, lambda *_, **__: None)
+        monkeypatch.setattr(figures, name, lambda *_, **__: None)
 
 
 @pytest.mark.usefixtures("quick")
