@@ -107,7 +107,16 @@ def test_gradcam_worked_by_hand():
     np.testing.assert_allclose(net.explain(x, "gradcam", layer="conv").values[0], expected.clip(0))
 
 
-@pytest.mark.parametrize(("name", "peer"), [("gradcam", "GradCAM"), ("hirescam", "HiResCAM"), ("layercam", "LayerCAM")])
+PEERS = {
+    "gradcam": "GradCAM",
+    "hirescam": "HiResCAM",
+    "layercam": "LayerCAM",
+    "gradcam_plus_plus": "GradCAMPlusPlus",
+    "xgradcam": "XGradCAM",
+}
+
+
+@pytest.mark.parametrize(("name", "peer"), PEERS.items())
 @pytest.mark.parametrize("stage", ["layer4", "layer2"])
 def test_cams_agree_with_pytorch_grad_cam(resnet, name, peer, stage):
     import pytorch_grad_cam
