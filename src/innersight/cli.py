@@ -339,11 +339,11 @@ def _split(given: Sequence[str]) -> list[str]:
 
 def _check_outs(outs: Sequence[Path]) -> None:
     """Refuse what cannot be written before anything is computed for it."""
-    from innersight import results
+    from innersight import storage
 
     for path in outs:
-        results.check_suffix(path)
-        results.check_place(path)
+        storage.check_suffix(path)
+        storage.check_place(path)
         if not os.access(path.parent, os.W_OK):
             raise errors.InputError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} is read-only")
 
@@ -566,7 +566,7 @@ def maps(model: Model, images: tuple[str, ...], names: tuple[str, ...], outs: tu
 
 
 def _stored(path: Path) -> bool:
-    from innersight.results import STORED
+    from innersight.storage import STORED
 
     return path.suffix.lower() in STORED
 
@@ -715,7 +715,7 @@ def _predictions(net: Network, images: Inputs) -> Predictions | None:
 
 
 def _save_saliency(found: Mapping[str, Saliency], path: Path, drawing: Mapping[str, Any]) -> list[Path]:
-    from innersight import results
+    from innersight import results, storage
 
     with _doing(f"writing {path}"):
         if len(found) == 1 or _stored(path):
@@ -724,7 +724,7 @@ def _save_saliency(found: Mapping[str, Saliency], path: Path, drawing: Mapping[s
                 place = path if len(found) == 1 else path.with_stem(f"{path.stem}_{name}")
                 files += saliency.save(place, **({} if _stored(path) else drawing))
             return files
-        return [results.write_figures(path, [results.plot_comparison(found, **drawing)])]
+        return [storage.write_figures(path, [results.plot_comparison(found, **drawing)])]
 
 
 def _print_explained(found: Mapping[str, Saliency], predictions: Predictions | None) -> None:

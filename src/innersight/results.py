@@ -8,24 +8,20 @@ shows it), `save` writes by suffix: .png .pdf .svg a picture, .npz .safetensors 
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import html
 import io
-import json
 import math
 import os
 import re
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from innersight import errors
+from innersight import errors, storage
 from innersight.draw import color
 
 if TYPE_CHECKING:
@@ -36,8 +32,6 @@ if TYPE_CHECKING:
     from innersight.images import Picture
 
 FORMAT = 1  # of the record; a reader refuses a later one
-DRAWN = (".png", ".pdf", ".svg")
-STORED = (".npz", ".safetensors")
 KEPT_SIDE = 1024  # pictures are kept with a result up to this many pixels a side
 SHOWN_SIDE = 640  # and drawn into figures from no more than this
 
@@ -178,20 +172,20 @@ class Result:
         Returns the files written.
         """
         path = Path(path)
-        if path.suffix.lower() in STORED:
+        if path.suffix.lower() in storage.STORED:
             if drawing:
                 raise errors.InputError(f"{', '.join(drawing)}: for pictures only; {path.suffix} holds the values")
-            return [_store(path, *self.record())]
-        check_suffix(path)
+            return [storage.store(path, *self.record())]
+        storage.check_suffix(path)
         return self._save_drawn(path, **drawing)
 
     def _save_drawn(self, path: Path, **drawing: Any) -> list[Path]:
-        check_place(path)
+        storage.check_place(path)
         before = self.figures
         self.plot(**drawing)  # type: ignore[attr-defined]
         figures = self.figures
         self._drawn(*before)
-        return [write_figures(path, figures)]
+        return [storage.write_figures(path, figures)]
 
     def _repr_html_(self) -> str:
         if self.figures:
@@ -384,7 +378,7 @@ class FeatureMaps(Result, Mapping[str, np.ndarray]):
 
         With one layer and one image the file is called as asked.
         """
-        check_place(path)
+        storage.check_place(path)
         layer = drawing.pop("layer", None)
         images = [_pick(drawing.pop("image"), len(self.pictures))] if "image" in drawing else range(len(self.pictures))
         names = self._drawable(layer)
@@ -398,10 +392,10 @@ class FeatureMaps(Result, Mapping[str, np.ndarray]):
                         pages += self.figures
                         continue
                     stem = [path.stem, *([parts[name]] if parts else []), *([str(i)] if len(images) > 1 else [])]
-                    written.append(write_figures(path.with_stem("_".join(stem)), self.figures))
+                    written.append(storage.write_figures(path.with_stem("_".join(stem)), self.figures))
         finally:
             self._drawn(*before)
-        return [*written, write_figures(path, pages)] if pages else written
+        return [*written, storage.write_figures(path, pages)] if pages else written
 
     def _summary(self) -> dict[str, Any]:
         return {"images": [p.name for p in self.pictures], "layers": {n: self._layer_summary(n) for n in self}}
@@ -932,7 +926,7 @@ class Sensitivity(Result):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
+# From records
 
 KINDS: dict[str, type[Result]] = {kind.KIND: kind for kind in (FeatureMaps, Saliency, Predictions, Sensitivity)}
 
@@ -940,16 +934,7 @@ KINDS: dict[str, type[Result]] = {kind.KIND: kind for kind in (FeatureMaps, Sali
 def load(path: str | os.PathLike) -> Any:
     """A result that was saved as .npz or .safetensors; runs nothing that is in the file."""
     path = Path(path)
-    if not path.is_file():
-        raise errors.InputError(f"no file {str(path)!r}" if not path.is_dir() else f"{str(path)!r} is a folder")
-    if path.suffix.lower() not in STORED:
-        raise errors.InputError(f"results are loaded from {' and '.join(STORED)} files, not from {path.name!r}")
-    try:
-        arrays, about = (_read_npz if path.suffix.lower() == ".npz" else _read_safetensors)(path)
-    except errors.InnersightError:
-        raise
-    except Exception as error:  # each broken byte raises something else
-        raise errors.InputError(f"{path.name!r} cannot be read: it is broken or no {path.suffix} file") from error
+    arrays, about = storage.read(path)
     try:
         return from_record(arrays, about)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -975,94 +960,3 @@ def from_record(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> A
         to_input, input_size = tuple(p["to_input"]), tuple(p["input_size"])
         pictures.append(Picture(p["name"], original, to_input, input_size, p["label"], original_size=size))
     return kind._restored(arrays, about, pictures=pictures, provenance=Provenance.from_json(about["provenance"]))
-
-
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    try:
-        with (
-            path.open("rb") as opened,
-            np.load(opened, allow_pickle=False) as file,
-        ):  # np.load forgets to close a bad one
-            arrays = {name: file[name] for name in file.files}
-    except ValueError as error:
-        if "allow_pickle" in str(error):
-            raise errors.InputError(f"{path.name!r} holds pickled objects, which could run code: not loaded") from None
-        raise
-    except (OSError, zipfile.BadZipFile) as error:
-        raise errors.InputError(f"{path.name!r} cannot be read: {error}") from error
-    if "innersight" not in arrays:
-        raise errors.InputError(
-            f"{path.name!r} is no result of innersight: it says nothing of where its values are from"
-        )
-    return arrays, json.loads(str(arrays.pop("innersight")))
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        about = (file.metadata() or {}).get("innersight")
-        if about is None:
-            raise errors.InputError(
-                f"{path.name!r} is no result of innersight: it says nothing of where its values are from"
-            )
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)  # noqa: SIM118 - not a mapping
-
-
-def _store(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> Path:
-    text = json.dumps(about, ensure_ascii=False, allow_nan=False)
-    if path.suffix.lower() == ".npz":
-        named: dict[str, Any] = {"innersight": np.array(text), **arrays}
-        return write_whole(path, lambda file: np.savez_compressed(file, **named))
-
-    def write(file: IO[bytes]) -> None:
-        from safetensors.numpy import save
-
-        tensors = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-        file.write(save(tensors, metadata={"innersight": text}))
-
-    return write_whole(path, write)
-
-
-def write_figures(path: Path, figures: Sequence[Figure]) -> Path:
-    from innersight.draw import plots
-
-    suffix = path.suffix.lower()
-    if suffix != ".pdf" and len(figures) != 1:
-        raise errors.InputError(f"{suffix} holds one figure and there are {len(figures)}: use .pdf, or name a layer")
-    return write_whole(path, lambda file: plots.write(figures, file, suffix))
-
-
-def check_suffix(path: Path) -> None:
-    if path.suffix.lower() not in (*DRAWN, *STORED):
-        kinds = f"{', '.join(DRAWN)} for a picture, {', '.join(STORED)} for the values"
-        raise errors.InputError(f"{path.name!r}: unknown suffix {path.suffix!r}; use {kinds}")
-
-
-def check_place(path: Path) -> None:
-    """Refuse a place that cannot be written to before anything is drawn for it."""
-    if path.is_dir():
-        raise errors.InputError(f"cannot write {str(path)!r}: it is a folder")
-    if not path.parent.is_dir():
-        raise errors.InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
-    """Write a file whole or not at all."""
-    check_place(path)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            write(file)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # a temporary file is for its owner alone
-        os.replace(temporary, path)
-    except OSError as error:
-        raise errors.InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-    return path

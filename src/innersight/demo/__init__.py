@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import innersight
 from innersight import data as digit_sets
-from innersight import errors, results
+from innersight import errors, storage
 from innersight.demo import figures, page, words
 from innersight.demo.study import CLASSES, Progress, measure, numbers
 
@@ -69,7 +69,7 @@ def run(
     files["findings.json"] = numbers(study, findings)
     files["index.html"] = page.render(study, net).encode()
     for name, content in files.items():
-        results.write_whole(folder / name, partial(_put, content))
+        storage.write_whole(folder / name, partial(_put, content))
     return DemoResult(
         folder, digits.note, study.reading.accuracy, tuple(folder / name for name in files), tuple(findings),
         time.perf_counter() - began,
