@@ -10,6 +10,8 @@ from torch import nn
 import innersight
 from innersight import errors, targets
 from innersight.data.small_cnn import SimpleCNN
+from innersight.formats import Opened
+from innersight.network import Network
 from innersight.testing import NETWORKS, check_network, close, left_as_found, small_network
 
 
@@ -194,6 +196,20 @@ def test_of_several_outputs_the_choice_is_stated_and_can_be_changed():
 
     assert close(innersight.open(Two(), input_shape=(3, 4, 4)).predict(x).logits, x.mean((2, 3)))
     assert close(innersight.open(Two(), input_shape=(3, 4, 4), output="scores").predict(x).logits, 2 * x.mean((2, 3)))
+
+
+def test_a_network_of_one_batch_size_answers_for_the_images_that_were_given():
+    module = small_network("residual").module
+    net = Network(Opened(module, "two at a time", (3, 16, 16), fixed_batch=2))
+    x = noise(3, 3, 16, 16)
+    free = small_network("residual")
+    assert close(net.predict(x).logits, free.predict(x).logits)
+    assert close(net.maps(x, "conv2")["conv2"], free.maps(x, "conv2")["conv2"])
+    many, expected = (n.explain(x, ["gradient", "gradcam"], target=[0, 1, None]) for n in (net, free))
+    for name, saliency in many.items():
+        assert close(saliency.values, expected[name].values)
+        assert saliency.targets == expected[name].targets
+    assert close(net.sensitivity(x, "conv1").values, free.sensitivity(x, "conv1").values)
 
 
 class Detector(nn.Module):

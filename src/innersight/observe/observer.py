@@ -233,6 +233,24 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(getattr(value, item, None))
 
 
+def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` with every tensor in it changed; of a kind this does not know, only what is known inside."""
+    if isinstance(value, torch.Tensor):
+        return fn(value)
+    if isinstance(value, (tuple, list)):
+        return like(value, [map_tensors(v, fn) for v in value])
+    if isinstance(value, Mapping):
+        return like(value, {k: map_tensors(v, fn) for k, v in value.items()})
+    return value
+
+
+def like(value: Any, items: Any) -> Any:
+    """`items` as the kind of collection that `value` is."""
+    if isinstance(items, dict):
+        return type(value)(**items) if all(isinstance(k, str) for k in items) else items
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
 def first_tensor(value: Any) -> torch.Tensor | None:
     return next(tensors_in(value), None)
 

@@ -211,7 +211,8 @@ class Engine:
             values = {name: runner.values[node.index] for name, node in nodes.items() if node.index in runner.values}
             if INPUT in request.read:
                 values[INPUT] = x
-            passed = Pass(answer, {name: _real(value, real, batch) for name, value in values.items()})
+            values = {name: _real(value, real, batch) for name, value in values.items()}
+            passed = Pass(_real(answer, real, batch), values)
             self._refuse_nan(x, passed)
             if request.gradients:
                 scored = answer if request.of is None else runner.live[nodes[request.of].index]
@@ -298,9 +299,9 @@ def _bytes(node: observer.Node) -> float:
 
 def _real(value: Any, real: int, batch: int) -> Any:
     """Without the images that only filled up a fixed batch."""
-    if real != batch and isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch:
-        return value[:real]
-    return value
+    if real == batch:
+        return value
+    return observer.map_tensors(value, lambda t: t[:real] if t.dim() and t.shape[0] == batch else t)
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:

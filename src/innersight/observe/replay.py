@@ -129,8 +129,7 @@ class Replay:
         size = self.engine.fixed_batch or n
         filled = torch.cat([values, *[values.narrow(self.batch_dim, 0, self._each)] * (size - n)], self.batch_dim)
         x = self.x.expand(n, *self.x.shape[1:])
-        output = self.engine.run(x, Request(change={self.layer: lambda _: filled.clone()})).output
-        return _map_tensors(output, lambda t: t[:n] if t.dim() and t.shape[0] == size else t) if n < size else output
+        return self.engine.run(x, Request(change={self.layer: lambda _: filled.clone()})).output
 
     def _skipping(self, values: torch.Tensor) -> Any:
         assert self.plan is not None
@@ -293,24 +292,6 @@ def _grow(value: torch.Tensor, dim: int | None, n: int) -> torch.Tensor:
     return value.unsqueeze(dim).expand(*value.shape[:dim], n, *value.shape[dim:]).reshape(shape)
 
 
-def _map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with every tensor in it changed; of a kind this does not know, only what is known inside."""
-    if isinstance(value, torch.Tensor):
-        return fn(value)
-    if isinstance(value, (tuple, list)):
-        return _like(value, [_map_tensors(v, fn) for v in value])
-    if isinstance(value, Mapping):
-        return _like(value, {k: _map_tensors(v, fn) for k, v in value.items()})
-    return value
-
-
-def _like(value: Any, items: Any) -> Any:
-    """`items` as the kind of collection that `value` is."""
-    if isinstance(items, dict):
-        return type(value)(**items) if all(isinstance(k, str) for k in items) else items
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-
-
 def _joined(outputs: list) -> Any:
     """The outputs of several runs as that of one batch."""
     first = outputs[0]
@@ -319,9 +300,9 @@ def _joined(outputs: list) -> Any:
     if isinstance(first, list) and len(first) == 1 and isinstance(first[0], Mapping):
         return [image for output in outputs for image in output]  # detections: a list with a dict for each image
     if isinstance(first, Mapping):
-        return _like(first, {k: _joined([o[k] for o in outputs]) for k in first})
+        return observer.like(first, {k: _joined([o[k] for o in outputs]) for k in first})
     if isinstance(first, (tuple, list)):
-        return _like(first, [_joined(list(same)) for same in zip(*outputs, strict=True)])
+        return observer.like(first, [_joined(list(same)) for same in zip(*outputs, strict=True)])
     return first
 
 
@@ -343,7 +324,7 @@ class _Store(Runner):
         answer = out if target is None else target
         # Clones, since something may be written into these later; of what nobody reads only the shape is kept.
         keep = call.node in self.plan.frontier or call.node == self.node.index
-        answer = _map_tensors(answer, torch.clone if keep else _shape_only)
+        answer = observer.map_tensors(answer, torch.clone if keep else _shape_only)
         first = observer.first_tensor(answer)
         assert first is not None
         self.stored[call.node] = first, answer
@@ -377,7 +358,7 @@ class _Skip(Runner):
             grown = _grow(t, self.plan.batch_dim.get((index, next(outputs))), self.n)
             return grown.clone() if index in self.plan.own else grown
 
-        answer = _map_tensors(self.stored[index][1], batch)
+        answer = observer.map_tensors(self.stored[index][1], batch)
         if index == self.node.index:
             answer = observer.with_first(answer, self.values_given)
         node = self.recording.nodes[index]
