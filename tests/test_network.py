@@ -338,6 +338,39 @@ def test_an_unknown_class_is_refused_with_what_there_is():
         net.explain(x, target=10)
 
 
+def test_labels_that_do_not_fit_the_outputs_are_refused():
+    net = innersight.open(simple_cnn(), labels=["zero", "one"])
+    with pytest.raises(errors.InputError, match="there are 2 labels for the 10 outputs"):
+        net.predict(noise(1, 1, 28, 28))
+
+
+def test_preprocessing_is_laid_over_what_is_known_field_by_field():
+    net = innersight.open(simple_cnn(), input_shape=(1, 28, 28), preprocess={"mean": 0.1307, "std": 0.3081})
+    assert (net.preprocess.size, net.preprocess.channels) == ((28, 28), "L")
+    assert net.preprocess.mean == (0.1307,)
+    white = net.read(np.full((28, 28), 255, np.uint8)).tensor
+    np.testing.assert_allclose(white, (1 - 0.1307) / 0.3081, rtol=1e-5)
+    assert any("prepared as asked" in note for note in net.notes)
+
+
+def test_a_layer_is_asked_for_by_name_and_an_input_shape_that_does_not_fit_is_said_to_be_wrong():
+    net = innersight.open(simple_cnn())
+    x = noise(1, 1, 28, 28)
+    for ask in (lambda: net.layers[0], lambda: net.maps(x, layers=3)):
+        with pytest.raises(errors.InputError, match="asked for by its name, such as 'conv1'"):
+            ask()
+    with pytest.raises(errors.InputError, match="layers= is empty"):
+        net.maps(x, layers=[])
+    with pytest.raises(errors.InnersightError, match="input_shape"):
+        innersight.open(simple_cnn(), input_shape=(1, 8, 8)).layers  # noqa: B018
+
+
+def test_a_map_that_tells_no_place_from_another_is_said_to_be_one():
+    net = small_network("gated")
+    s = net.explain(noise(1, 3, 16, 16), "gradcam", layer="sigmoid", relu=False)
+    assert any("gradcam map of image 0 is the same everywhere" in note for note in s.provenance.notes)
+
+
 @pytest.mark.parametrize(
     "fail",
     [

@@ -65,7 +65,7 @@ class Commands(click.Group):
         except (click.ClickException, errors.InnersightError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor will the flush at exit complain
-                code = 1
+                code = 0  # whoever read has read enough
             else:
                 _refuse(error, as_json)
                 code = 2
@@ -234,19 +234,10 @@ class Model:
     def open(self) -> Network:
         """The network, with the user's word on preprocessing over the model's, field by field."""
         record = _preprocess_record(self.preprocess)
-        whole = "size" in record
         with _doing(f"opening {self.source}"):
             import innersight
 
-            net = innersight.open(
-                self.source, labels=self._labels(), preprocess=record if whole else None, **self.options
-            )
-            if record and not whole:
-                stated = net.preprocess or innersight.Preprocess.for_shape(net.input_shape or ())
-                net.preprocess = innersight.Preprocess.from_json({**stated.to_json(), **record})
-            if record and net.preprocess is not None:
-                net.notes.append(f"pictures are prepared as asked: {net.preprocess.describe()}")
-        return net
+            return innersight.open(self.source, labels=self._labels(), preprocess=record or None, **self.options)
 
     def _labels(self) -> Any:
         if self.labels and "," in self.labels and not os.path.exists(self.labels):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from innersight import errors
 
 if TYPE_CHECKING:
     from innersight.observe.geometry import Layout, ReceptiveField
@@ -83,6 +86,10 @@ class Layers(Mapping[str, Layer]):
 
     def __getitem__(self, name: str) -> Layer:
         """The layer of that name; raises UnknownName with the nearest names."""
+        if not isinstance(name, str):
+            raise errors.InputError(
+                f"a layer is asked for by its name, such as {next(iter(self), 'conv1')!r}, not by {name!r}"
+            )
         node = self._recording.find(name)
         if node.index not in self._made:
             self._made[node.index] = self._make(node)
@@ -115,6 +122,9 @@ class Layers(Mapping[str, Layer]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} layers, {len(self.spatial)} of them with maps, {self.parameters:,} parameters>"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         rows = [HEADER, *self.rows()]

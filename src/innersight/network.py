@@ -11,6 +11,7 @@ import torch
 
 from innersight import __version__, errors, images, results, targets
 from innersight.formats import Opened
+from innersight.formats.function import Function
 from innersight.layers import Layer, Layers
 from innersight.methods import Look, Method, find
 from innersight.observe import geometry
@@ -129,7 +130,11 @@ class Network:
         except errors.InnersightError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            wants = f"; it takes (N, {', '.join(map(str, self.input_shape))})" if self.input_shape else ""
+            wants = ""
+            if self.input_shape is not None:
+                differs = tuple(x.shape[1:]) != self.input_shape
+                takes = f"it takes (N, {', '.join(map(str, self.input_shape))})"
+                wants = f"; {takes}" if differs else "; input_shape= does not fit this network"
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise errors.InputError(
                 f"{self.name} cannot run on an input of shape {tuple(x.shape)}{wants} (it said: {said})"
@@ -218,6 +223,11 @@ class Network:
         main, note = targets.main_tensor(output, self._output, len(self.labels) if self.labels else None)
         if note and note not in self.notes:
             self.notes.append(note)
+        classes = main.shape[1] if main.dim() in (2, 4) else None
+        if self.labels and classes not in (None, len(self.labels)) and not note.startswith("detections"):
+            raise errors.InputError(
+                f"there are {len(self.labels)} labels for the {classes} outputs of {self.name}: labels= must name each"
+            )
         return main
 
     @property
@@ -278,7 +288,9 @@ class Network:
         inputs = self.read(images)
         x = inputs.tensor
         table = self._layers_for(x)
-        names = table.spatial if layers is None else [layers] if isinstance(layers, str) else list(layers)
+        names = table.spatial if layers is None else [layers] if isinstance(layers, (str, int)) else list(layers)
+        if not names and layers is not None:
+            raise errors.InputError("layers= is empty: name one or more, or leave it out for every layer with maps")
         if not names:
             raise errors.Unsupported(
                 f"{self.name} has no layer with maps over the picture; name layers= to read others"
@@ -330,6 +342,8 @@ class Network:
         for k in options:
             if not any(k in m.options for m in methods):
                 methods[0].check_options({k: options[k]})
+        if isinstance(self.module, Function) and (blind := [m.name for m in methods if "gradient" in m.needs]):
+            raise errors.Unsupported(f"{blind[0]} needs gradients, which a plain function does not offer")
         inputs = self.read(images)
         x = inputs.tensor
         goal = targets.resolve(target, len(x), self._classes)
@@ -351,7 +365,7 @@ class Network:
             values, coarse, texts, scores = found[m.name]
             own = {k: v for k, v in options.items() if k in m.options}
             verdict = _verdict(values, scores)
-            said = [*(notes if "layer" in m.needs else ()), *_blank(m.name, inputs.pictures, verdict["blank"])]
+            said = [*(notes if "layer" in m.needs else ()), *_blank(m.name, inputs.pictures, values)]
             saliencies[m.name] = results.Saliency(
                 values=values, pictures=inputs.pictures, signed=m.signed or bool((values < 0).any()), unit=m.unit,
                 targets=texts, verdict=verdict, coarse=coarse,
@@ -452,18 +466,28 @@ class Network:
         candidates = trunk[-8:]
         if not any(table[n].grid_note for n in candidates):
             return candidates[-1]
-        # Tokens: behind the last attention the patches no longer reach a class token, and their gradient is zero.
-        one = x[:1]
+        # Tokens: behind the last attention the patches no longer reach a class token, and their gradient is zero. Where
+        # they go on through a norm, its output is looked at: a norm takes no notice of scale, so in front of it
+        # activation times gradient sums to zero.
+        index = {table[n].node.index: n for n in candidates}
+        norms = {
+            index[i]: n.name
+            for n in recording.layers
+            if n.op in ("layer_norm", "rms_norm") and table[n.name].spatial
+            for i in n.inputs
+            if i in index
+        }
 
         def score(output: Any) -> torch.Tensor:
             main = self._main(output)
             return goal.score(output, main, [0])
 
-        for passed in self._passes(one, Request(gradients=candidates, score=score)):
+        for passed in self._passes(x[:1], Request(gradients=[*candidates, *norms.values()], score=score)):
             for name in reversed(candidates):
-                gradient = passed.gradients[name]
-                if gradient is not None and bool(self._on_grid(table[name], gradient).any()):
-                    return name
+                for looked_at in filter(None, (norms.get(name), name)):
+                    gradient = passed.gradients[looked_at]
+                    if gradient is not None and bool(self._on_grid(table[looked_at], gradient).any()):
+                        return looked_at
         return candidates[-1]
 
     def sensitivity(self, images: Any, layer: str, target: Any = None) -> results.Sensitivity:
@@ -567,12 +591,18 @@ def _said(target: Any, texts: Sequence[str]) -> str:
     return "the predicted class" if target is None else ", ".join(dict.fromkeys(texts))
 
 
-def _blank(method: str, pictures: Sequence[images.Picture], blank: Sequence[bool]) -> list[str]:
-    """A map of zeros is an answer that has to be said: nothing speaks for the target, or its gradient is zero."""
-    names = [p.name for p, empty in zip(pictures, blank, strict=True) if empty]
-    return (
-        [f"the {method} map of {', '.join(names)} is zero everywhere: nothing speaks for the target"] if names else []
-    )
+def _blank(method: str, pictures: Sequence[images.Picture], values: np.ndarray) -> list[str]:
+    """A map that says nothing is an answer that has to be said: all zero, or the same everywhere."""
+    flat = values.reshape(len(values), -1)
+    low, high = flat.min(1), flat.max(1)
+    notes = []
+    for what, where in [
+        ("zero everywhere: nothing speaks for the target", (low == 0) & (high == 0)),
+        ("the same everywhere: it tells no place from another", (low == high) & (low != 0)),
+    ]:
+        names = [p.name for p, here in zip(pictures, where, strict=True) if here]
+        notes += [f"the {method} map of {', '.join(names)} is {what}"] if names else []
+    return notes
 
 
 def _verdict(values: np.ndarray, scores: np.ndarray) -> dict[str, Any]:

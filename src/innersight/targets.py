@@ -76,11 +76,11 @@ class Classes:
             raise errors.InputError(
                 f"{which!r} is no class; give a class by number or name, or None for the predicted one"
             ) from None
-        if not -count <= number < count:
+        if not 0 <= number < count:
             raise errors.UnknownName(
                 f"class {number} is out of range: the network has {count} outputs, numbered 0 to {count - 1}"
             )
-        return number % count
+        return number
 
     def _named(self, name: str) -> int:
         if not self.labels:

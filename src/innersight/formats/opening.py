@@ -41,7 +41,8 @@ def open_source(
     weights:     a file for a zoo's name or a module; "none" for an untrained network of a zoo
     labels:      class names in order, or by index, or a file of them (.txt a line each, .json)
     input_shape: one input, (C, H, W), over what the model says
-    preprocess:  a `Preprocess`, its JSON record, or a torchvision transform
+    preprocess:  a `Preprocess`, a mapping of its fields (without a size, over what the model says), or a preset of
+                 torchvision
     device:      where to run; by default where the model is. A model in memory that lies elsewhere is copied
     trust:       whether code in a file may run
 
@@ -52,14 +53,27 @@ def open_source(
     _move(opened, place, ours=isinstance(source, (str, Path)) or arch is not None or weights is not None)
     if labels is not None:
         opened.labels = read_labels(labels)
-    if preprocess is not None:
+        opened.notes.append(f"{len(opened.labels)} labels as given")
+    partial = dict(preprocess) if isinstance(preprocess, Mapping) and "size" not in preprocess else None
+    if preprocess is not None and partial is None:
         opened.preprocess = _preprocess(preprocess)
         opened.input_shape = opened.preprocess.shape if input_shape is None else None
     if input_shape is not None:
         _reshape(opened, _shape(input_shape))
     if opened.input_shape is None:
         _find_shape(opened)
+    if partial is not None:  # over what the model says, field by field
+        stated = opened.preprocess or _for_shape(opened.input_shape or ())
+        opened.preprocess = _preprocess({**stated.to_json(), **partial})
+    if preprocess is not None and opened.preprocess is not None:
+        opened.notes.append(f"pictures are prepared as asked: {opened.preprocess.describe()}")
     return _checked(opened)
+
+
+def _for_shape(shape: Sequence[int]) -> Preprocess:
+    from innersight.preprocess import Preprocess
+
+    return Preprocess.for_shape(shape)
 
 
 def _opened(source: Any, arch: Any, weights: Any, device: Any, trust: bool) -> Opened:
@@ -195,7 +209,7 @@ def _preprocess(given: Any) -> Preprocess:
 
     if isinstance(given, Preprocess):
         return given
-    if isinstance(given, (Mapping, str)):
+    if isinstance(given, Mapping):
         return Preprocess.from_json(given)
     record, reason = Preprocess.from_torchvision(given)
     if record is None:
@@ -208,7 +222,7 @@ def _shape(given: Sequence[int]) -> tuple[int, ...]:
         shape = tuple(int(side) for side in given)
     except (TypeError, ValueError):
         shape = ()
-    if not shape or any(side < 1 for side in shape):
+    if len(shape) < 3 or any(side < 1 for side in shape):
         raise InputError(f"input_shape must be (C, H, W), positive whole numbers, got {given!r}")
     return shape
 

@@ -132,7 +132,9 @@ def _torchvision_preset(opened: Opened, preset: Any, count: int | None, chosen: 
         opened.labels = categories
     if not chosen:
         of_labels = " and labels" if opened.labels else ""
-        opened.notes.append(f"preprocessing{of_labels} are those of {preset}; preprocess= and labels= change them")
+        opened.notes.append(
+            f"preprocessing{of_labels} are those of {preset} where preprocess= and labels= do not say otherwise"
+        )
     if type(transform).__name__ == "VideoClassification":
         frames = max(16, preset.meta.get("min_temporal_size", 1))
         opened.input_shape = (3, frames, *transform.crop_size)
