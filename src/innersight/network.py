@@ -102,7 +102,8 @@ class Network:
     @property
     def layers(self) -> Layers:
         """The table of layers at the network's own input size; `net.layers["conv1"]` is one of them."""
-        return self._layers_for(self._sample())
+        known = self._layers.get(self.input_shape or ())
+        return known if known is not None else self._layers_for(self._sample())
 
     def _sample(self) -> torch.Tensor:
         """One input of noise, always the same: what the network is learnt from where no picture is at hand."""
