@@ -185,7 +185,8 @@ GRADIENT = Job(
 )  # fmt: skip
 GRADCAM = Job(
     "gradcam", "Grad-CAM at the last stage",
-    "`layer4`; for ViT, the norm in front of the last attention. Unit: a bare forward.",
+    "`layer4`; for ViT, the norm in front of the last attention. Unit: a bare forward. innersight lays the map where "
+    "the units of the layer look, its peers stretch it from border to border: compared are the maps before that.",
 )  # fmt: skip
 CAMS = Job(
     "cams", "Three CAMs at once",
@@ -352,9 +353,17 @@ def net_gradient(s: Subject) -> Run:
     return Run(lambda: s.net.explain(s.x, "gradient", target=s.target), lambda found: [found.values])
 
 
+def _stretched(saliency: Any) -> torch.Tensor:
+    """innersight lays a map where the units of its layer look; everybody else stretches it from border to border."""
+    return _on_picture(torch.from_numpy(saliency.coarse))
+
+
 @GRADCAM.by("innersight", '`net.explain(x, "gradcam")`')
 def net_gradcam(s: Subject) -> Run:
-    return Run(lambda: s.net.explain(s.x, "gradcam", target=s.target, layer=s.stage), lambda found: [found.values])
+    return Run(
+        lambda: s.net.explain(s.x, "gradcam", target=s.target, layer=s.stage),
+        lambda found: [_stretched(found)],
+    )
 
 
 @CAMS.by("innersight", '`net.explain(x, ["gradcam", "hirescam", "layercam"])`')
@@ -362,7 +371,7 @@ def net_cams(s: Subject) -> Run:
     names = ["gradcam", "hirescam", "layercam"]
     return Run(
         lambda: s.net.explain(s.x, names, target=s.target, layer=s.stage),
-        lambda found: [found[n].values for n in names],
+        lambda found: [_stretched(found[n]) for n in names],
     )
 
 

@@ -305,11 +305,10 @@ def main() -> None:
                     for index, row in enumerate(result.rows):
                         row.memory = None if row.refusal else peak_memory(JOBS[key], model, batch, index)
                 results.append(result)
+                if options.out:  # each time: an interrupted run leaves what it has
+                    options.out.write_text(markdown(results, rounds))
                 console.print(f"{result.title}, {JOBS[key].title}: done")
     show(results, console)
-    if options.out:
-        options.out.write_text(markdown(results, rounds))
-        console.print(f"written: {options.out}")
 
 
 if __name__ == "__main__":
