@@ -1,6 +1,8 @@
 """A network, asked: maps, predictions, sensitivity; what it states, and what it refuses in one sentence."""
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from innersight import errors, targets
 from innersight.data.small_cnn import SimpleCNN
 from innersight.formats import Opened
 from innersight.network import Network
+from innersight.observe.passes import Request
 from innersight.testing import NETWORKS, check_network, close, left_as_found, small_network
 
 
@@ -151,6 +154,22 @@ def test_chunks_of_one_image_give_the_same_as_one_batch():
         assert saliency.targets == whole[name].targets
 
 
+def test_maps_that_nobody_holds_are_freed_at_once():
+    """A run that stops early leaves by an exception, whose frames must not keep what was read until a collection."""
+    net = innersight.open(simple_cnn())
+    net.layers["relu"]
+    gc.collect()
+    gc.disable()
+    try:
+        with net.engine.session():
+            passed = net.engine.run(noise(1, 1, 28, 28), Request(read=["relu"], output=False))
+        kept = weakref.ref(passed.values["relu"])
+        del passed
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 def test_maps_that_do_not_fit_into_memory_are_refused_before_the_run(monkeypatch):
     net = small_network("residual")
     monkeypatch.setattr("innersight.network.free_memory", lambda _device: 1000)
@@ -262,8 +281,6 @@ def test_sensitivity_is_the_score_without_the_channel_minus_the_score_with_it(la
                 value = value.clone()
                 value[:, channel] = 0
                 return value
-
-            from innersight.observe.passes import Request
 
             with net.engine.session():
                 without = net.engine.run(x, Request(change=dict.fromkeys(values, remove))).output[:, 3]

@@ -92,6 +92,8 @@ class Layout:
             raise errors.InputError(
                 f"this layer's output has {len(self.dims)} dimensions, not {tensor.dim()}: {tuple(tensor.shape)}"
             )
+        if self.labels == ("n", "c", "y", "x") and all(len(dim) == 1 for dim in self.dims) and not any(self.roll):
+            return tensor  # nothing to put in order
         for d, dim in enumerate(self.dims):
             if len(dim) == 1 and isinstance(dim[0], Tokens):
                 tensor = tensor.narrow(d, dim[0].prefix, dim[0].size - dim[0].prefix - dim[0].suffix)

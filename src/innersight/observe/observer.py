@@ -252,6 +252,8 @@ def like(value: Any, items: Any) -> Any:
 
 
 def first_tensor(value: Any) -> torch.Tensor | None:
+    if isinstance(value, torch.Tensor):
+        return value
     return next(tensors_in(value), None)
 
 
@@ -914,6 +916,7 @@ def run(
             raise
     if isinstance(mode.ended, _Stop):
         output = None  # the model may have caught it and answered all the same
+        mode.ended = None  # it holds the frames, they hold the runner: every map kept would wait for the collector
     elif mode.ended is not None:
         raise mode.ended
     elif mode.position <= mode.tail and mode.position != mode.length:

@@ -250,8 +250,8 @@ class Engine:
 
     def chunk_size(self, x: torch.Tensor, request: Request) -> int:
         """How many images of `x` go into one pass, so that it stays inside the budget."""
-        if self.fixed_batch:
-            return self.fixed_batch
+        if self.fixed_batch or x.shape[0] == 1:
+            return self.fixed_batch or 1
         recording = self.recording(x)
         made = [0.0 if n.kind == "view" else _bytes(n) / max(recording.batch, 1) for n in recording.nodes]
         need = sum(made[recording.find(name).index] for name in request.read if name != INPUT)
@@ -310,9 +310,9 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        with open("/proc/meminfo") as info:
-            return next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
+        with open("/proc/meminfo", "rb", buffering=0) as info:  # asked for in each pass: read no more than the top
+            return int(info.read(256).partition(b"MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
         pass
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
