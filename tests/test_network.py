@@ -154,6 +154,27 @@ def test_chunks_of_one_image_give_the_same_as_one_batch():
         assert saliency.targets == whole[name].targets
 
 
+def test_what_was_read_serves_several_networks_unchanged():
+    net = small_network("residual")
+    inputs = net.read(noise(1, 3, 16, 16))
+    before = inputs.tensor
+    net._with_module(small_network("residual").module.double()).predict(inputs)
+    assert inputs.tensor is before
+    assert before.dtype == torch.float32
+
+
+def test_an_error_between_two_passes_leaves_the_model_as_it_was(monkeypatch):
+    net = small_network("residual")
+    net.module.train()
+    net.engine.budget = 1  # one image a pass
+    monkeypatch.setattr("innersight.network.Look", lambda *_: 1 / 0)
+    with left_as_found(net.module):
+        try:
+            net.explain(noise(3, 3, 16, 16))
+        except ZeroDivisionError as error:
+            assert net.module.training, error  # while the error, and with it every frame, is still held
+
+
 def test_maps_that_nobody_holds_are_freed_at_once():
     """A run that stops early leaves by an exception, whose frames must not keep what was read until a collection."""
     net = innersight.open(simple_cnn())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -202,8 +203,9 @@ class Network:
         if pictures is None:
             raise errors.InputError("no images were given")
         inputs = images.read(pictures, self.preprocess, input_shape=self.input_shape)
-        inputs.tensor = self._to_model(inputs.tensor)
-        return inputs
+        return replace(
+            inputs, tensor=self._to_model(inputs.tensor)
+        )  # what was handed in may go to another network, too
 
     def _passes(self, x: torch.Tensor, request: Request, size: int | None = None) -> Iterable[Pass]:
         """The request over the whole batch, chunk by chunk within the memory budget."""
