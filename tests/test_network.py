@@ -167,7 +167,7 @@ def test_an_error_between_two_passes_leaves_the_model_as_it_was(monkeypatch):
     net = small_network("residual")
     net.module.train()
     net.engine.budget = 1  # one image a pass
-    monkeypatch.setattr("innersight.network.Look", lambda *_: 1 / 0)
+    monkeypatch.setattr("innersight.inquiry._Answering", lambda *_: 1 / 0)
     with left_as_found(net.module):
         with pytest.raises(ZeroDivisionError) as held:  # the error, and with it every frame
             net.explain(noise(3, 3, 16, 16))

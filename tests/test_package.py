@@ -26,7 +26,8 @@ ALLOWED = {
     "results": {"draw", "images", "storage"},
     "layers": {"observe"},
     "formats": {"formats", "observe", "preprocess"},
-    "network": {"formats", "images", "layers", "methods", "observe", "results", "targets"},
+    "inquiry": {"layers", "methods", "observe", "targets"},
+    "network": {"formats", "images", "inquiry", "layers", "methods", "observe", "results", "targets"},
     "data": {"data", "preprocess"},
 }
 

@@ -82,9 +82,11 @@ def test_by_default_the_predicted_class_is_explained_image_by_image():
     assert texts(None) == ["goldfish", "tench, Tinca tinca"]
 
 
-def test_the_prediction_can_be_settled_beforehand():
-    assert scores(None, predicted=[2, 3]) == [2.0, 3.0]
-    assert scores(None, MAIN[1:], part=[1], count=2, predicted=[2, 3]) == [3.0]
+def test_the_prediction_is_settled_by_the_first_pass_over_an_image():
+    goal = resolve(None, 2, Classes(LABELS))
+    assert goal.score(MAIN, MAIN, [0, 1]).tolist() == [5.0, 9.0]  # classes 1 and 0
+    changed = MAIN[[1, 0, 0]].flip(1)  # other classes would win now
+    assert goal.score(changed, changed, [1, 0, 0]).tolist() == [6.0, -1.0, -1.0]
 
 
 def test_one_target_for_each_image_in_any_order_of_rows():

@@ -147,12 +147,12 @@ def _doing(what: str, net: Network | None = None) -> Iterator[None]:
     console = Console(stderr=True)
     if not console.is_terminal:
         if net is not None:
-            net.progress = lambda done, total: _plain_progress(what, done, total, "") if total > 16 else None
+            net.progress = lambda done, total, of: _plain_progress(what, done, total, of) if total > 16 else None
         yield
         return
     with console.status(what) as status:
         if net is not None:
-            net.progress = lambda done, total: status.update(f"{what}: {done} of {total} images")
+            net.progress = lambda done, total, of: status.update(f"{what}: {done} of {total} {of}")
         yield
 
 

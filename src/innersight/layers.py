@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from innersight import errors
 
 if TYPE_CHECKING:
-    from innersight.observe.geometry import Layout, ReceptiveField
+    import torch
+
+    from innersight.observe.geometry import AxisField, Layout, ReceptiveField
     from innersight.observe.observer import Node, Recording
 
 
@@ -56,6 +58,27 @@ class Layer:
         """
         return self._effective(self, images, share)
 
+    @property
+    def channel_axis(self) -> int:
+        """Which dimension of its own value holds the channels; the last, if none is known to."""
+        channel = None if self.layout is None else self.layout.channel
+        return len(self.node.shape) - 1 if channel is None else channel
+
+    def to_grid(self, value: torch.Tensor) -> torch.Tensor:
+        """Its value as `(N, C, H, W)`, where it has a grid."""
+        return value if self.layout is None or self.grid is None else self.layout.to_grid(value)
+
+    def over_input(self, maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """Maps `(n, h, w)` on its grid as maps `(n, H, W)` over the input, each value at the middle of what it sees.
+
+        The usual way, to stretch the grid from border to border, is right only where the units tile the picture.
+        Without padding they keep away from the border (the 8x8 of the tutorial's second convolution by 7 of 28 pixels);
+        with strided 3x3 convolutions they stand half a stride further up and left. Where the middle of the field is not
+        known (it covers the whole picture by a gate or by attention), the grid is stretched.
+        """
+        field = self.receptive_field
+        return over_input(maps, size, (None, None) if field is None else (field.y, field.x))
+
     def to_json(self) -> dict[str, Any]:
         f = self.receptive_field
         return {
@@ -67,6 +90,30 @@ class Layer:
             "parameters": self.parameters,
             "receptive_field": None if f is None else f.to_json(),
         }
+
+
+def over_input(
+    maps: torch.Tensor, size: Sequence[int], axes: Sequence[AxisField | None] = (None, None)
+) -> torch.Tensor:
+    """Maps `(n, h, w)` over the input `(n, H, W)`: at the middles of these fields, or stretched."""
+    rows, columns = (
+        _weights(cells, pixels, axis).to(maps) for cells, pixels, axis in zip(maps.shape[-2:], size, axes, strict=True)
+    )
+    return rows @ maps @ columns.T
+
+
+def _weights(cells: int, pixels: int, axis: AxisField | None) -> torch.Tensor:
+    """(pixels, cells): bilinear between the middles of the cells; beyond the outermost cell it fades within a cell."""
+    import torch
+
+    jump, first = pixels / cells, pixels / cells / 2
+    if axis is not None and axis.regular is not None and axis.regular.jump:
+        jump = float(axis.regular.jump)
+        first = float(axis.regular.start + axis.regular.size / 2)
+    at = (torch.arange(pixels, dtype=torch.float64) + 0.5 - first) / jump
+    beyond = torch.maximum(-0.5 - at, at - (cells - 0.5)).clamp(0, 1)
+    near = (1 - (at.clamp(0, cells - 1)[:, None] - torch.arange(cells)).abs()).clamp(min=0)
+    return near * (1 - beyond)[:, None]
 
 
 class Layers(Mapping[str, Layer]):

@@ -13,12 +13,12 @@ import torch
 from innersight import __version__, errors, images, results, targets
 from innersight.formats import Opened
 from innersight.formats.function import Function
+from innersight.inquiry import Answer, Inquiry, Question
 from innersight.layers import Layer, Layers
-from innersight.methods import Look, Method, find
+from innersight.methods import Method, all_methods, find
 from innersight.observe import geometry
 from innersight.observe.observer import Node, Recording
 from innersight.observe.passes import INPUT, Engine, Pass, Request, free_memory
-from innersight.observe.replay import Replay
 
 
 def open(
@@ -65,7 +65,7 @@ class Network:
 
     name, input_shape, preprocess, labels: what it is called, takes and answers
     notes: what was chosen for you, a sentence each, with the keyword that changes it
-    progress: if set, called with how many images of a request are done, and of how many
+    progress: if set, called with how much of a request is done, of how much, and of what ("images", "points")
     """
 
     def __init__(self, opened: Opened, output: str | int | None = None):
@@ -75,7 +75,7 @@ class Network:
         self.labels = None if opened.labels is None else tuple(opened.labels)
         self.notes = list(opened.notes)
         self.module = opened.module
-        self.progress: Callable[[int, int], None] | None = None
+        self.progress: Callable[[int, int, str], None] | None = None
         self._output = output
         self.engine = Engine(self.module, call=opened.call, fixed_batch=opened.fixed_batch)
         parameter = next((p for p in self.module.parameters() if p.is_floating_point()), None)
@@ -180,7 +180,7 @@ class Network:
         signs = signs.to(x)
 
         def score(value: torch.Tensor) -> torch.Tensor:
-            return self._on_grid(layer, value)[:, :, height // 2, width // 2] @ signs
+            return layer.to_grid(value)[:, :, height // 2, width // 2] @ signs
 
         energy = np.zeros(x.shape[-2:])
         for passed in self._passes(x, Request(gradients=[INPUT], of=layer.name, score=score)):
@@ -188,10 +188,6 @@ class Network:
             if g is not None:
                 energy += g.double().square().sum((0, 1)).cpu().numpy()
         return geometry.effective_box(energy, share)
-
-    def _on_grid(self, layer: Layer, value: torch.Tensor) -> torch.Tensor:
-        """A layer's value as `(N, C, H, W)`, where it has a grid."""
-        return value if layer.layout is None or layer.grid is None else layer.layout.to_grid(value)
 
     # -- passes
 
@@ -218,9 +214,9 @@ class Network:
                 done = min(done + size, len(x))
                 self._report(done, len(x))
 
-    def _report(self, done: int, total: int) -> None:
+    def _report(self, done: int, total: int, what: str = "images") -> None:
         if self.progress is not None:
-            self.progress(done, total)
+            self.progress(done, total, what)
 
     def _main(self, output: Any) -> torch.Tensor:
         main, note = targets.main_tensor(output, self._output, len(self.labels) if self.labels else None)
@@ -303,7 +299,7 @@ class Network:
         parts: dict[str, list[np.ndarray]] = {name: [] for name in chosen}
         for passed in self._passes(x, Request(read=list(chosen), output=False)):
             for name, layer in chosen.items():
-                parts[name].append(_numpy(self._on_grid(layer, passed.values[name])))
+                parts[name].append(_numpy(layer.to_grid(passed.values[name])))
         notes = [f"{name}: {layer.grid_note}" for name, layer in chosen.items() if layer.grid_note]
         return results.FeatureMaps(
             {name: np.concatenate(part) if len(part) > 1 else part[0] for name, part in parts.items()},
@@ -325,173 +321,77 @@ class Network:
         images: Any,
         method: str | Sequence[str] = "gradient",
         target: Any = None,
-        layer: str | None = None,
+        layer: str | Sequence[str] | None = None,
+        fuse: str | None = None,
         **options: Any,
     ) -> Any:
-        """What drove the decision: a `Saliency`, or a dict of them where `method` is a list.
+        """What drove the decision: a `Saliency`, or a dict of them where `method` or `layer` is a list.
 
         method: a name of `innersight methods`, or several; they share passes
         target: what is explained, see `innersight.targets`; default the class that is predicted, image by image
-        layer:  for methods that look at one; default the last layer that everything passes through, which is stated
+        layer:  for methods that look at one; default the last layer that everything passes through, which is stated.
+                Of several, each has its own map: {layer: Saliency}, {method: {layer: Saliency}} for several methods
+        fuse:   "mean" or "max" makes one map of those of several layers, see `results.fused`
         options: the method's own
 
         Raises UnknownName for an unknown method, layer, class or option (with the nearest), Unsupported where this
         network does not offer what the method needs.
         """
-        several = not isinstance(method, str)
         methods = [find(m) for m in ([method] if isinstance(method, str) else method)]
-        for m in methods:
-            m.check_options({k: v for k, v in options.items() if not several or k in m.options})
-        for k in options:
-            if not any(k in m.options for m in methods):
-                methods[0].check_options({k: options[k]})
-        if isinstance(self.module, Function) and (blind := [m.name for m in methods if "gradient" in m.needs]):
-            raise errors.Unsupported(f"{blind[0]} needs gradients, which a plain function does not offer")
-        inputs = self.read(images)
-        x = inputs.tensor
-        goal = targets.resolve(target, len(x), self._classes)
-        notes: list[str] = []
-        chosen = None
-        if any("layer" in m.needs for m in methods):
-            if x.dim() != 4:
-                raise errors.Unsupported(
-                    f"maps of inner layers are made for pictures (N, C, H, W); this input is {tuple(x.shape)}: "
-                    "the methods that read the input's gradient take it"
-                )
-            chosen, note = self._cam_layer(x, goal, layer)
-            notes += [note] if note else []
-        elif layer is not None:
-            self._layers_for(x)[layer]  # a name that does not exist is an error, even where it is not needed
-        found = self._explain(x, methods, goal, chosen, options)
-        saliencies = {}
-        for m in methods:
-            values, coarse, texts, scores = found[m.name]
-            own = {k: v for k, v in options.items() if k in m.options}
-            verdict = _verdict(values, scores)
-            said = [*(notes if "layer" in m.needs else ()), *_blank(m.name, inputs.pictures, values)]
-            saliencies[m.name] = results.Saliency(
-                values=values, pictures=inputs.pictures, signed=m.signed or bool((values < 0).any()), unit=m.unit,
-                targets=texts, verdict=verdict, coarse=coarse,
-                provenance=self._provenance(
-                    inputs, m.name, chosen.name if chosen and "layer" in m.needs else None,
-                    _said(target, texts), own, said,
-                ),
-            )  # fmt: skip
-        return saliencies if several else saliencies[methods[0].name]
-
-    def _explain(self, x: torch.Tensor, methods: Sequence[Method], goal: targets.Target, layer: Layer | None,
-                 options: Mapping[str, Any]) -> dict[str, tuple]:  # fmt: skip
-        """Every method's map, with one pass for all of them."""
-        reads = {r for m in methods for r in m.reads}
-        names = {"input": INPUT, "layer": layer.name if layer else ""}
-        request = {
-            kind: [names[of] for of in ("input", "layer") if f"{of}.{kind}" in reads] for kind in ("value", "gradient")
-        }
-        maps: dict[str, list] = {m.name: [] for m in methods}
-        texts: dict[int, str] = {}
-        scores: list[torch.Tensor] = []
-        start = 0
-
-        def score(output: Any) -> torch.Tensor:
-            main = self._main(output)
-            rows = range(start, start + main.shape[0])
-            part = [min(i, len(x) - 1) for i in rows]  # images that only fill up a fixed batch
-            value = goal.score(output, main, part)
-            texts.update(zip(rows, goal.texts(main.detach(), part), strict=True))
-            return value
-
-        wanted = Request(read=request["value"], gradients=request["gradient"], score=score)
-        for passed in self._passes(x, wanted):
-            assert passed.scores is not None
-            scores.append(passed.scores.float().cpu())
-            look = self._look(passed, names, layer)
-            for m in methods:
-                own = {k: v for k, v in options.items() if k in m.options}
-                maps[m.name].append(m.function(look, **own).detach().float())
-            start += passed.scores.shape[0]
-        found = {}
-        for m in methods:
-            value = torch.cat(maps[m.name])
-            coarse = None
-            if "layer" in m.needs and layer is not None:
-                coarse, value = _numpy(value), _laid_over(value, layer, x.shape[-2:])
-            found[m.name] = _numpy(value), coarse, [texts[i] for i in range(len(x))], torch.cat(scores).numpy()
-        return found
-
-    def _look(self, passed: Pass, names: Mapping[str, str], layer: Layer | None) -> Look:
-        def on_grid(of: str, value: torch.Tensor | None) -> torch.Tensor:
-            if value is None:
-                raise errors.Unsupported(
-                    f"the score does not depend on {names[of]!r} in a way that has a gradient (a detector that found "
-                    "nothing, a step function), so no map can be made from it"
-                )
-            return value if of == "input" or layer is None else self._on_grid(layer, value)
-
-        return Look(
-            {of: on_grid(of, passed.values[n]) for of, n in names.items() if n in passed.values},
-            {of: on_grid(of, passed.gradients[n]) for of, n in names.items() if n in passed.gradients},
-        )
-
-    def _cam_layer(self, x: torch.Tensor, goal: targets.Target, name: str | None) -> tuple[Layer, str]:
-        """The layer that a CAM looks at, and why it."""
-        table = self._layers_for(x)
-        if name is not None:
-            layer = table[name]
-            if layer.grid is None:
-                near = [n for n in table.spatial if n.rpartition(".")[0] == name.rpartition(".")[0]] or table.spatial
-                raise errors.Unsupported(
-                    f"layer {name!r} {layer.shape} has no place in the picture; layers with maps are "
-                    f"{', '.join(near[-3:])}"
-                )
-            return layer, ""
-        recording = self.engine.recording(x)
-        if id(recording) not in self._cam_layers:
-            self._cam_layers[id(recording)] = self._choose_cam_layer(x, goal, table, recording)
-        layer = table[self._cam_layers[id(recording)]]
-        return layer, f"layer {layer.name}: the last with a grid that everything passes through (layer= changes it)"
-
-    def _choose_cam_layer(self, x: torch.Tensor, goal: targets.Target, table: Layers, recording: Recording) -> str:
-        trunk = [
-            n.name
-            for n in recording.bottlenecks()
-            if n.kind == "layer" and "pool" not in n.op and (g := table[n.name].grid) is not None and min(g[1:]) > 1
-        ]
-        if not trunk:
+        if not methods:
+            raise errors.InputError("method= is empty: name one or more (innersight methods lists them)")
+        _check_options(methods, options)
+        if isinstance(self.module, Function) and (blind := [m for m in methods if m.needs]):
+            others = ", ".join(m.name for m in all_methods().values() if not m.needs)
             raise errors.Unsupported(
-                f"{self.name} has no layer with a grid that everything passes through; name one with layer="
+                f"{blind[0].name} needs {_what(blind[0].needs)}, which a plain function does not offer"
+                + (f"; without there are: {others}" if others else "")
             )
-        if recording.outputs and (main := self._geometry_of(recording)[recording.outputs[0].node]) is not None:
-            dense = main.layout is not None and main.layout.spatial
-            if dense:  # a segmentation: not its answer, but the deepest maps it is made from
-                smallest = min(np.prod(table[n].grid[1:]) for n in trunk)  # type: ignore[index]
-                deep = [n for n in trunk if np.prod(table[n].grid[1:]) == smallest]  # type: ignore[index]
-                return max(deep, key=lambda n: (table[n].grid[0], deep.index(n)))  # type: ignore[index]
-        candidates = trunk[-8:]
-        if not any(table[n].grid_note for n in candidates):
-            return candidates[-1]
-        # Tokens: behind the last attention the patches no longer reach a class token, and their gradient is zero. Where
-        # they go on through a norm, its output is looked at: a norm takes no notice of scale, so in front of it
-        # activation times gradient sums to zero.
-        index = {table[n].node.index: n for n in candidates}
-        norms = {
-            index[i]: n.name
-            for n in recording.layers
-            if n.op in ("layer_norm", "rms_norm") and table[n.name].spatial
-            for i in n.inputs
-            if i in index
-        }
+        if fuse is not None and (layer is None or isinstance(layer, str)):
+            raise errors.InputError("fuse= makes one map of several layers: name them with layer=[...]")
+        inputs = self.read(images)
+        inquiry = Inquiry(self, inputs.tensor, target)
+        names = [layer] if layer is None or isinstance(layer, str) else list(layer)
+        chosen: list[tuple[Layer | None, str]] = [(None, "")]
+        if any("layer" in m.needs for m in methods):
+            chosen = [inquiry.layer(name) for name in names]
+        else:
+            for name in filter(None, names):
+                self._layers_for(inputs.tensor)[name]  # one that does not exist is an error, even where none is needed
+        questions = [
+            Question(m, {k: v for k, v in options.items() if k in m.options}, at)
+            for m in methods
+            for at, _ in (chosen if "layer" in m.needs else [(None, "")])
+        ]
+        why = {at.name: note for at, note in chosen if at is not None and note}
+        answers = zip(questions, inquiry.answer(questions), strict=True)
+        maps = [(q, self._saliency(inputs, inquiry, target, q, answer, why)) for q, answer in answers]
+        found: dict[str, Any] = {}
+        for m in methods:
+            of_layers = {q.layer.name if q.layer else "": s for q, s in maps if q.method is m}
+            if fuse is not None and len(of_layers) > 1:
+                found[m.name] = results.fused(of_layers.values(), how=fuse)
+            else:
+                single = layer is None or isinstance(layer, str) or "layer" not in m.needs
+                found[m.name] = next(iter(of_layers.values())) if single or fuse else of_layers
+        return found[methods[0].name] if isinstance(method, str) else found
 
-        def score(output: Any) -> torch.Tensor:
-            main = self._main(output)
-            return goal.score(output, main, [0])
-
-        for passed in self._passes(x[:1], Request(gradients=[*candidates, *norms.values()], score=score)):
-            for name in reversed(candidates):
-                for looked_at in filter(None, (norms.get(name), name)):
-                    gradient = passed.gradients[looked_at]
-                    if gradient is not None and bool(self._on_grid(table[looked_at], gradient).any()):
-                        return looked_at
-        return candidates[-1]
+    def _saliency(
+        self, inputs: images.Inputs, inquiry: Inquiry, target: Any, question: Question, answer: Answer,
+        why: Mapping[str, str],
+    ) -> results.Saliency:  # fmt: skip
+        method, at = question.method, question.layer.name if question.layer else None
+        maps, coarse = answer.laid_out(question, inquiry.x.shape[-2:])
+        values = _numpy(maps)
+        notes = [*filter(None, [why.get(at or "")]), *answer.notes, *_blank(method.name, inputs.pictures, values)]
+        return results.Saliency(
+            values=values, pictures=inputs.pictures, signed=method.signed or bool((values < 0).any()),
+            unit=method.unit, targets=inquiry.texts, verdict=_verdict(values, inquiry.scores) | answer.said,
+            coarse=None if coarse is None else _numpy(coarse),
+            provenance=self._provenance(
+                inputs, method.name, at, _said(target, inquiry.texts), question.options, notes,
+            ),
+        )  # fmt: skip
 
     def sensitivity(self, images: Any, layer: str, target: Any = None) -> results.Sensitivity:
         """The exact change of the target's score when each channel of `layer` is removed (set to zero).
@@ -507,76 +407,34 @@ class Network:
         chosen = self._layers_for(x)[layer]
         if not chosen.node.shapes or len(chosen.shape) < 1:
             raise errors.Unsupported(f"layer {layer!r} has no channels")
-        axis = self._channel_axis(chosen)
-        count = chosen.node.shape[axis]
-        values = np.zeros((len(x), count), dtype=np.float32)
-        base = np.zeros(len(x), dtype=np.float32)
-        texts: list[str] = []
-        skips = True
+        inquiry = Inquiry(self, x, target)
+        values, base, skips = [], [], True
         with self.engine.session():
             self._learn(x[:1])
-            answers = [self._main(p.output) for p in self._passes(x, Request())]
-            predicted = None  # an answer that names no class leaves that to the target
-            if answers[0].dim() in (1, 2, 4):
-                predicted = torch.cat([targets.winner(main) for main in answers]).tolist()
-            goal = targets.resolve(target, len(x), self._classes, predicted=predicted)
             for i in range(len(x)):
-                replay = Replay(self.engine, x[i : i + 1], layer)
-                skips &= replay.skips
-
-                def scores(value: torch.Tensor, image: int = i, replay: Replay = replay) -> torch.Tensor:
-                    raw = replay.run(value)
-                    main = self._main(raw)
-                    if not texts[image:]:
-                        texts.extend(goal.texts(main[:1], [image]))
-                    return goal.score(raw, main, [image] * main.shape[0]).float()
-
-                base[i] = float(scores(replay.value)[0])
-                room = (self.engine.budget or free_memory(x.device) // 4) / max(replay.image_bytes(), 1)
-                step = int(max(1, min(room, 32 if x.device.type == "cpu" else 256)))
-                for start in range(0, count, step):
-                    part = range(start, min(start + step, count))
-                    without = replay.without(part, axis)
-                    values[i, start : start + len(part)] = (scores(without).cpu() - base[i]).numpy()
+                score, without, skipped = inquiry.without_channels(i, chosen)
+                values.append((without.cpu() - score).numpy())
+                base.append(score)
+                skips &= skipped
                 self._report(i + 1, len(x))
         note = () if skips else (f"{self.name} cannot be run from the middle, so each removal was a whole run",)
         return results.Sensitivity(
-            values=values, layer=layer, scores=base, targets=texts, pictures=inputs.pictures,
-            provenance=self._provenance(inputs, "sensitivity", layer, _said(target, texts), notes=note),
+            values=np.stack(values), layer=layer, scores=np.array(base, dtype=np.float32), targets=inquiry.texts,
+            pictures=inputs.pictures,
+            provenance=self._provenance(inputs, "sensitivity", layer, _said(target, inquiry.texts), notes=note),
         )  # fmt: skip
 
-    def _channel_axis(self, layer: Layer) -> int:
-        """Which dimension of the layer's own value holds its channels."""
-        channel = None if layer.layout is None else layer.layout.channel
-        return len(layer.node.shape) - 1 if channel is None else channel
+
+def _check_options(methods: Sequence[Method], options: Mapping[str, Any]) -> None:
+    """Every option is one of some method; with the nearest names where it is none."""
+    for name in options:
+        if not any(name in m.options for m in methods):
+            methods[0].check_options({name: options[name]})
 
 
-def _laid_over(maps: torch.Tensor, layer: Layer, size: Sequence[int]) -> torch.Tensor:
-    """Maps `(n, h, w)` on a layer's grid as maps over the input, each value at the middle of what it sees.
-
-    The usual way, to stretch the grid from border to border, is right only where the units tile the picture. Without
-    padding they keep away from the border (the 8x8 of the tutorial's second convolution by 7 of 28 pixels); with
-    strided 3x3 convolutions they stand half a stride further up and left. Where the middle of the field is not known
-    (it covers the whole picture by a gate or by attention), the grid is stretched.
-    """
-    field = layer.receptive_field
-    axes = (None, None) if field is None else (field.y, field.x)
-    rows, columns = (
-        _weights(cells, pixels, axis).to(maps) for cells, pixels, axis in zip(maps.shape[-2:], size, axes, strict=True)
-    )
-    return rows @ maps @ columns.T
-
-
-def _weights(cells: int, pixels: int, axis: geometry.AxisField | None) -> torch.Tensor:
-    """(pixels, cells): bilinear between the middles of the cells; beyond the outermost cell it fades within a cell."""
-    jump, first = pixels / cells, pixels / cells / 2
-    if axis is not None and axis.regular is not None and axis.regular.jump:
-        jump = float(axis.regular.jump)
-        first = float(axis.regular.start + axis.regular.size / 2)
-    at = (torch.arange(pixels, dtype=torch.float64) + 0.5 - first) / jump
-    beyond = torch.maximum(-0.5 - at, at - (cells - 0.5)).clamp(0, 1)
-    near = (1 - (at.clamp(0, cells - 1)[:, None] - torch.arange(cells)).abs()).clamp(min=0)
-    return near * (1 - beyond)[:, None]
+def _what(needs: Sequence[str]) -> str:
+    said = {"gradient": "gradients", "layer": "inner layers", "attention": "attention"}
+    return " and ".join(said[n] for n in needs)
 
 
 def _stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:

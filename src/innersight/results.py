@@ -14,7 +14,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -642,6 +642,32 @@ def _layer_text(provenance: Provenance) -> str:
     return layer if isinstance(layer, str) else ", ".join(layer or ())
 
 
+FUSIONS: dict[str, Any] = {"mean": np.mean, "max": np.max}
+
+
+def fused(maps: Iterable[Saliency], how: str = "mean") -> Saliency:
+    """One map of those of several layers, each brought to 1 at its largest value first, image by image.
+
+    how: "mean", as pytorch-grad-cam; "max", value by value (Jiang et al., LayerCAM, IEEE TIP 2021)
+    """
+    maps = list(maps)
+    if how not in FUSIONS:
+        raise errors.unknown("way to fuse layers", how, FUSIONS)
+    if len({s.values.shape for s in maps}) != 1:
+        raise errors.InputError("maps to fuse must be of the same images, all with or all without color channels")
+    each = []
+    for s in maps:
+        top = np.abs(s.values).reshape(len(s.values), -1).max(1)
+        each.append(s.values / np.where(top > 0, top, 1).reshape(-1, *[1] * (s.values.ndim - 1)))
+    layers = [layer for s in maps for layer in ([s.provenance.layer] if isinstance(s.provenance.layer, str) else [])]
+    notes = tuple(dict.fromkeys(note for s in maps for note in s.provenance.notes))
+    return dataclasses.replace(
+        maps[0], values=FUSIONS[how](np.stack(each), axis=0), coarse=None, signed=any(s.signed for s in maps),
+        unit=f"{how} over {len(maps)} layers, each brought to 1",
+        provenance=dataclasses.replace(maps[0].provenance, layer=tuple(layers), notes=notes),
+    )  # fmt: skip
+
+
 def plot_comparison(
     results: Mapping[str, Saliency],
     *,
@@ -926,9 +952,154 @@ class Sensitivity(Result):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Maximization
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Maximization(Result):
+    """Pictures that classes or channels answer to most, and how far they raise them.
+
+    values:  (K, H, W, 3 or 1), the pictures, 0..1
+    inputs:  (K, C, H, W), the same as the network takes them: `net.predict(found.inputs)`
+    units:   what each is the picture of, in words
+    history: (K, steps), the activation in each step of the search
+    verdict: for each picture its "activation", the "rise" of that over random pictures with the spectrum and the
+             colors of photographs ("random_mean", "random_std") in standard deviations of theirs, the same over noise
+             of the picture's own spectrum ("rise_over_same_spectrum"), and whether the unit is "dead": no picture
+             moves it. Of classes also the network's "answer" to the picture and its "probability".
+    """
+
+    KIND: ClassVar[str] = "Maximization"
+
+    values: np.ndarray
+    inputs: np.ndarray
+    units: list[str]
+    history: np.ndarray
+    verdict: Mapping[str, Any] = field(default_factory=dict)
+    pictures: list[Picture] = field(default_factory=list)  # none: they are made, not read
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        counts = {len(self.values), len(self.inputs), len(self.units), len(self.history)}
+        if self.values.ndim != 4 or len(counts) != 1:
+            raise ValueError(f"pictures are (K, H, W, C), not {self.values.shape}, with a unit and a history for each")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Maximization:
+        """The result for one picture alone."""
+        i = _pick(index, len(self))
+        one = slice(i, i + 1)
+        return dataclasses.replace(
+            self, values=self.values[one], inputs=self.inputs[one], units=self.units[one], history=self.history[one],
+            verdict={k: v[one] for k, v in self.verdict.items()},
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Maximization]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures alone, without labels; of inputs with neither one nor three channels their mean."""
+        from PIL import Image
+
+        shown = self.values if self.values.shape[3] in (1, 3) else self.values.mean(3, keepdims=True)
+        pixels = np.rint(255 * shown).astype(np.uint8)
+        return [Image.fromarray(p[..., 0] if p.shape[2] == 1 else p) for p in pixels]
+
+    def __repr__(self) -> str:
+        rise = np.array([r for r in self._said("rise") if r is not None], float)
+        rise = rise[~np.isnan(rise)]
+        ends = dict.fromkeys(color.number(r) for r in (rise.min(), rise.max())) if rise.size else {}
+        raised = f", raised {' to '.join(ends)} standard deviations above random pictures" if ends else ""
+        dead = f", {sum(self._said('dead'))} dead" if any(self._said("dead")) else ""
+        names = f"{', '.join(self.units[:3])}{', ...' if len(self) > 3 else ''}"
+        size = f"{_count(len(self), 'picture')} of {_times(self.values.shape[1:3])}"
+        return f"<Maximization{_of(self.provenance)} for {names}: {size}{raised}{dead}>"
+
+    def _said(self, name: str) -> list[Any]:
+        return list(self.verdict.get(name) or [None] * len(self))
+
+    def plot(
+        self, *, columns: int | None = None, limit: int | None = 64, page: int = 1, ax: Axes | None = None
+    ) -> Maximization:
+        """Draw the pictures as a grid, each with its activation and rise below it.
+
+        limit, page: at most this many pictures on a page, and which page
+        ax: matplotlib axes to draw a single picture into, instead of a new figure
+        """
+        from innersight.draw import plots
+
+        chosen = plots.select(np.zeros((len(self), 1)), limit=limit, page=page)
+        if ax is not None:
+            if len(self) != 1:
+                raise errors.InputError(f"one set of axes holds one picture, and there are {len(self)}: pick one by [i]")
+            caption = f"{self.units[0]}: {self._caption(0)}"
+            return self._drawn(plots.saliency_on(ax, plots.Panel(caption, self._pixels(0))))
+        cells = [plots.Cell(self.units[i], self._pixels(i), self._caption(i)) for i in chosen.channels]
+        p = self.provenance
+        what = f"layer {_layer_text(p)}" if p.layer else "classes" if len(self) > 1 else self.units[0]
+        notes = [
+            "rise: standard deviations above the mean activation on random pictures with the spectrum and colors of "
+            "photographs; in brackets: above noise with the spectrum of the picture itself",
+            chosen.text.replace("channels", "pictures"),
+        ]
+        title = f"What raises {what}{_of(p)} most"
+        return self._drawn(plots.gallery(cells, title=title, notes=notes, columns=columns))
+
+    def _pixels(self, i: int) -> np.ndarray:
+        if self._said("dead")[i]:
+            return color.dead(*self.values.shape[1:3])
+        return np.asarray(self[i].images[0].convert("RGB"))
+
+    def _caption(self, i: int) -> str:
+        if self._said("dead")[i]:
+            return "dead: no picture raises it"
+        numbers = {name: self._said(name)[i] for name in ("activation", "rise", "rise_over_same_spectrum", "probability")}
+        known = {name: color.number(v) for name, v in numbers.items() if v is not None and not math.isnan(v)}
+        parts = [known.get("activation", "")]
+        if "rise" in known:
+            over = known.get("rise_over_same_spectrum")
+            parts.append(f"rise {known['rise']}{f' ({over})' if over else ''}")
+        if "probability" in known:
+            parts.append(f"{self._said('answer')[i]} {known['probability']}")
+        return " · ".join(filter(None, parts))
+
+    def _summary(self) -> dict[str, Any]:
+        pictures = [
+            {"unit": unit, **{name: values[i] for name, values in self.verdict.items()}}
+            for i, unit in enumerate(self.units)
+        ]
+        return {"shape": self.values.shape, "steps": self.history.shape[1], "pictures": pictures}
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {"values": self.values, "inputs": self.inputs, "history": self.history}
+
+    def _about(self) -> dict[str, Any]:
+        return {"units": self.units, "verdict": self.verdict}
+
+    @classmethod
+    def _restored(cls, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], **common: Any) -> Self:
+        return cls(
+            arrays["values"], arrays["inputs"], about["units"], arrays["history"], verdict=about["verdict"], **common
+        )
+
+    def _html(self) -> str:
+        out = []
+        for i in range(min(12, len(self))):
+            caption = html.escape(f"{self.units[i]}, {self._caption(i)}")
+            out.append(f'<figure style="display:inline-block;margin:4px">{_thumbnail(self._pixels(i))}')
+            out.append(f"<figcaption>{caption}</figcaption></figure>")
+        return "".join(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # From records
 
-KINDS: dict[str, type[Result]] = {kind.KIND: kind for kind in (FeatureMaps, Saliency, Predictions, Sensitivity)}
+KINDS: dict[str, type[Result]] = {
+    kind.KIND: kind for kind in (FeatureMaps, Saliency, Predictions, Sensitivity, Maximization)
+}
 
 
 def load(path: str | os.PathLike) -> Any:

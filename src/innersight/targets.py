@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,6 @@ class Classes:
     """The classes of a network: how many outputs there are and what they are called."""
 
     labels: tuple[str, ...] | None = None
-    predicted: tuple[int, ...] | None = None  # image by image, where it is settled what None stands for
 
     def name(self, index: int) -> str:
         return self.labels[index] if self.labels and index < len(self.labels) else f"class {index}"
@@ -212,14 +211,12 @@ def winner(main: torch.Tensor) -> torch.Tensor:
 # The targets
 
 
-def resolve(target: Any, count: int, classes: Classes, predicted: Sequence[int] | None = None) -> Target:
-    """What the user gave, as a Target for `count` images.
+def resolve(target: Any, count: int, classes: Classes) -> Target:
+    """What the user gave, as a Target for `count` images of one request.
 
-    predicted: the classes that None stands for, where the score is compared between changed images of one prediction;
-    default what is predicted in each pass.
+    What None stands for (the predicted class, the class that fills the mask) is settled by the first pass over an image
+    and stays: what follows, on changed pictures, explains the same.
     """
-    if predicted is not None:
-        classes = replace(classes, predicted=tuple(predicted))
     if isinstance(target, _Deferred):
         return target.build(count, classes)
     if isinstance(target, Target):
@@ -246,19 +243,34 @@ class _Deferred:
     build: Callable[[int, Classes], Target]
 
 
-def _indices(items: Sequence[Any], classes: Classes, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
-    count = main.shape[1] if main.dim() > 1 else 1
-    predicted = winner(main) if classes.predicted is None else [classes.predicted[k] for k in part]
-    chosen = [int(predicted[i]) if t is None else classes.index(t, count) for i, t in enumerate(items[k] for k in part)]
-    return torch.tensor(chosen, device=main.device)
+Pick = Callable[[torch.Tensor], Sequence[int]]
+
+
+def _settled(known: dict[int, int], main: torch.Tensor, part: Sequence[int], pick: Pick) -> torch.Tensor:
+    """The class of each row: what is known of its image, else what `pick` makes of `main`, from then on."""
+    if any(k not in known for k in part):
+        for k, index in zip(part, pick(main), strict=True):
+            known.setdefault(k, int(index))
+    return torch.tensor([known[k] for k in part], device=main.device)
 
 
 def _class(items: Sequence[Any], classes: Classes) -> Target:
+    known: dict[int, int] = {}
+
+    def indices(main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
+        def pick(main: torch.Tensor) -> list[int]:
+            count = main.shape[1] if main.dim() > 1 else 1
+            given = [items[k] for k in part]
+            predicted = winner(main).tolist() if None in given else given
+            return [p if t is None else classes.index(t, count) for p, t in zip(predicted, given, strict=True)]
+
+        return _settled(known, main, part, pick)
+
     def score(_raw: Any, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
-        return class_scores(main).gather(1, _indices(items, classes, main, part)[:, None])[:, 0]
+        return class_scores(main).gather(1, indices(main, part)[:, None])[:, 0]
 
     def texts(main: torch.Tensor, part: Sequence[int]) -> list[str]:
-        return [classes.name(int(i)) for i in _indices(items, classes, main, part)]
+        return [classes.name(int(i)) for i in indices(main, part)]
 
     return Target(score, texts)
 
@@ -313,6 +325,7 @@ def mask(where: Any, of: Any = None) -> _Deferred:
         if region.dim() == 3 and len(region) not in (1, count):
             raise errors.InputError(f"{len(region)} masks were given for {count} images; give one, or one for each")
         region = region.expand(count, *region.shape[-2:])
+        known: dict[int, int] = {}
 
         def pick(main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
             if main.dim() != 4:
@@ -325,9 +338,12 @@ def mask(where: Any, of: Any = None) -> _Deferred:
             return resized
 
         def index(main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
-            if of is not None:
-                return _indices([of] * count, classes, main, part)
-            return (main.detach() * pick(main, part)).flatten(2).sum(2).argmax(1)
+            def fills(main: torch.Tensor) -> list[int]:
+                if of is not None:
+                    return [classes.index(of, main.shape[1])] * len(part)
+                return (main.detach() * pick(main, part)).flatten(2).sum(2).argmax(1).tolist()
+
+            return _settled(known, main, part, fills)
 
         def score(_raw: Any, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
             weights = pick(main, part)
@@ -352,12 +368,24 @@ def box(where: Sequence[float], of: Any = None) -> _Deferred:
                 "a box is (left, top, right, bottom) in pixels of the input, with left < right and top < bottom"
             )
 
-        def score(raw: Any, main: torch.Tensor, _part: Sequence[int]) -> torch.Tensor:
+        found: set[int] = set()
+
+        def score(raw: Any, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
             if not is_detection(raw):
                 raise errors.Unsupported(
                     f"a box is a target for a detector; this network answers a tensor {tuple(main.shape)}"
                 )
-            return torch.stack([_best(d, wanted.to(main.device), of, classes) for d in raw])
+            scores = []
+            for d, k in zip(raw, part, strict=True):
+                best = _best(d, wanted.to(main.device), of, classes)
+                if best is None and k not in found:
+                    raise errors.InputError(
+                        f"the network detects no {'object' if of is None else of} that overlaps the box; "
+                        f"it found {len(d['scores'])} objects in this picture"
+                    )
+                found.add(k)  # from now on: where it is no longer detected, its score is zero
+                scores.append(main.new_zeros(()) if best is None else best)
+            return torch.stack(scores)
 
         text = f"object at {', '.join(f'{v:g}' for v in where)}"
         return Target(score, lambda main, _part: [text if of is None else f"{of}: {text}"] * main.shape[0])
@@ -365,7 +393,8 @@ def box(where: Sequence[float], of: Any = None) -> _Deferred:
     return _Deferred(build)
 
 
-def _best(detected: Mapping[str, torch.Tensor], wanted: torch.Tensor, of: Any, classes: Classes) -> torch.Tensor:
+def _best(detected: Mapping[str, torch.Tensor], wanted: torch.Tensor, of: Any, classes: Classes) -> torch.Tensor | None:
+    """The score of the object that overlaps the wanted box most; None if none does."""
     boxes, scores = detected["boxes"].detach(), detected["scores"]
     size = (torch.minimum(boxes[:, 2:], wanted[2:]) - torch.maximum(boxes[:, :2], wanted[:2])).clamp(min=0)
     shared = size.prod(1)
@@ -374,12 +403,7 @@ def _best(detected: Mapping[str, torch.Tensor], wanted: torch.Tensor, of: Any, c
     if of is not None and "labels" in detected:
         count = len(classes.labels) if classes.labels else torch.iinfo(torch.int32).max
         overlap = overlap * (detected["labels"] == classes.index(of, count))
-    if not overlap.numel() or not bool(overlap.max() > 0):
-        raise errors.InputError(
-            f"the network detects no {'object' if of is None else of} that overlaps the box; "
-            f"it found {len(scores)} objects in this picture"
-        )
-    return scores[overlap.argmax()]
+    return scores[overlap.argmax()] if overlap.numel() and bool(overlap.max() > 0) else None
 
 
 def embedding(vector: Any) -> _Deferred:

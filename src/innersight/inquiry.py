@@ -1,0 +1,351 @@
+"""Inquiry: one request for saliency. These images, this target; it runs what the methods ask for, in as few passes as
+that takes: one over the pictures as they are for all methods together, then what each asks for beyond it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from innersight import errors, layers, targets
+from innersight.layers import Layer, Layers
+from innersight.methods import Look, Method
+from innersight.observe.observer import Recording
+from innersight.observe.passes import INPUT, Pass, Request, free_memory
+from innersight.observe.replay import Replay
+
+if TYPE_CHECKING:
+    from innersight.network import Network
+
+
+@dataclass(frozen=True)
+class Question:
+    """One map that is wanted: by which method, with which options, at which layer."""
+
+    method: Method
+    options: Mapping[str, Any]
+    layer: Layer | None = None
+
+    @property
+    def on_layer(self) -> bool:
+        """Whether the method's map has the layer's own grid; those that go on to the input have the input's."""
+        return bool({"layer", "attention"} & set(self.method.needs)) and "rules" not in self.method.visits
+
+
+@dataclass
+class Answer:
+    """What a method said of all images of the request.
+
+    maps:  a part for each time it was called, `(n, H, W)` or as it likes
+    said:  name -> one number for each image (None where it said nothing)
+    """
+
+    maps: list[torch.Tensor] = field(default_factory=list)
+    said: dict[str, list[float | None]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def laid_out(self, question: Question, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The maps over the input, and on the layer's own grid where they have one."""
+        value = torch.cat(self.maps)
+        if not question.on_layer:
+            return value, None
+        over = question.layer.over_input if question.layer is not None else layers.over_input
+        return over(value, size), value
+
+
+class Inquiry:
+    """One request: images `x` `(N, C, H, W)` and what is explained.
+
+    texts, scores: what is explained of each image, in words, and its score; known once `answer` has run
+    """
+
+    def __init__(self, net: Network, x: torch.Tensor, target: Any):
+        self.net = net
+        self.engine = net.engine
+        self.x = x
+        self.goal = targets.resolve(target, len(x), targets.Classes(net.labels))
+        self._texts: dict[int, str] = {}
+        self._scores: list[torch.Tensor] = []
+
+    @property
+    def texts(self) -> list[str]:
+        return [self._texts[i] for i in range(len(self.x))]
+
+    @property
+    def scores(self) -> np.ndarray:
+        return torch.cat(self._scores).numpy()
+
+    # -- the pictures as they are
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Every question's answer, with one pass over the pictures for all of them."""
+        reads = {r: q for q in questions for r in q.method.reads}
+        at = {q.layer.name: q.layer for q in questions if q.layer is not None}
+        request = Request(
+            read=[*_if("input.value" in reads, INPUT), *_if("layer.value" in reads, *at)],
+            gradients=[*_if("input.gradient" in reads, INPUT), *_if("layer.gradient" in reads, *at)],
+        )
+        answers = [Answer() for _ in questions]
+        with self.engine.session():
+            self.net._learn(self.x[:1])
+            start = 0
+            for passed in self._clean(request):
+                assert passed.scores is not None
+                rows = range(start, start + len(passed.scores))
+                shared: dict[Any, Any] = {}
+                for question, answer in zip(questions, answers, strict=True):
+                    parts = [range(i, i + 1) for i in rows] if question.method.one_by_one else [rows]
+                    for part in parts:
+                        look = _Answering(self, question, answer, part, passed, part.start - start, shared)
+                        answer.maps.append(question.method.function(look, **question.options).detach().float())
+                start = rows.stop
+                self._scores.append(passed.scores.float().cpu())
+                self.net._report(start, len(self.x))
+        return answers
+
+    def _clean(self, request: Request) -> Iterator[Pass]:
+        start = 0
+
+        def score(output: Any) -> torch.Tensor:
+            main = self.net._main(output)
+            rows = range(start, start + main.shape[0])
+            part = [min(i, len(self.x) - 1) for i in rows]  # images that only fill up a fixed batch
+            value = self.goal.score(output, main, part)
+            self._texts.update(zip(rows, self.goal.texts(main.detach(), part), strict=True))
+            return value
+
+        for passed in self.run(self.x, request, score):
+            yield passed
+            assert passed.scores is not None
+            start += len(passed.scores)
+
+    # -- passes
+
+    def run(
+        self, x: torch.Tensor, request: Request, score: Callable[[Any], torch.Tensor], count: int | None = None
+    ) -> Iterator[Pass]:
+        """The request on images or points, in parts that fit the memory; each pass with its scores.
+
+        count: of how many points these are a part
+        """
+        request = Request(request.read, request.gradients, score)
+        size = self.engine.chunk_size(x if count is None else x[:1].expand(count, *x.shape[1:]), request)
+        for passed in self.engine.chunks(x, lambda part, _: self.engine.run(part, request), size):
+            if passed.scores is None:  # no gradient was asked for, so nothing was differentiated
+                with torch.no_grad():
+                    passed.scores = score(passed.output)
+            yield passed
+
+    def score_of(self, image: int) -> Callable[[Any], torch.Tensor]:
+        """The score of outputs whose rows are all versions of that image."""
+
+        def score(output: Any) -> torch.Tensor:
+            main = self.net._main(output)
+            return self.goal.score(output, main, [image] * main.shape[0])
+
+        return score
+
+    def without_channels(self, image: int, layer: Layer) -> tuple[float, torch.Tensor, bool]:
+        """The image's score, its scores (C,) with each channel of the layer at zero, whether only a part was run."""
+        axis = layer.channel_axis
+        replay = Replay(self.engine, self.x[image : image + 1], layer.name)
+        score = self.score_of(image)
+        output = replay.run(replay.value)
+        base = score(output).float()
+        if bool(torch.isnan(base).any()):  # a whole run names the layer
+            self.engine.run(self.x[image : image + 1], Request())
+        self._texts[image] = self.goal.texts(self.net._main(output).detach()[:1], [image])[0]
+        count = layer.node.shape[axis]
+        room = (self.engine.budget or free_memory(self.x.device) // 4) / max(replay.image_bytes(), 1)
+        step = int(max(1, min(room, 32 if self.x.device.type == "cpu" else 256)))
+        parts = [range(start, min(start + step, count)) for start in range(0, count, step)]
+        scores = [score(replay.run(replay.without(part, axis))).float() for part in parts]
+        return float(base[0]), torch.cat(scores), replay.skips
+
+    # -- the layer that is looked at
+
+    def layer(self, name: str | None) -> tuple[Layer, str]:
+        """The layer that a CAM looks at, and why it."""
+        if self.x.dim() != 4:
+            raise errors.Unsupported(
+                f"maps of inner layers are made for pictures (N, C, H, W); this input is {tuple(self.x.shape)}: "
+                "the methods that read the input's gradient take it"
+            )
+        table = self.net._layers_for(self.x)
+        if name is not None:
+            layer = table[name]
+            if layer.grid is None:
+                near = [n for n in table.spatial if n.rpartition(".")[0] == name.rpartition(".")[0]] or table.spatial
+                raise errors.Unsupported(
+                    f"layer {name!r} {layer.shape} has no place in the picture; layers with maps are "
+                    f"{', '.join(near[-3:])}"
+                )
+            return layer, ""
+        recording = self.engine.recording(self.x)
+        if id(recording) not in self.net._cam_layers:
+            self.net._cam_layers[id(recording)] = self._last_layer(table, recording)
+        layer = table[self.net._cam_layers[id(recording)]]
+        return layer, f"layer {layer.name}: the last with a grid that everything passes through (layer= changes it)"
+
+    def _last_layer(self, table: Layers, recording: Recording) -> str:
+        """The last layer with a grid that every path passes through."""
+        trunk = [
+            n.name
+            for n in recording.bottlenecks()
+            if n.kind == "layer" and "pool" not in n.op and (g := table[n.name].grid) is not None and min(g[1:]) > 1
+        ]
+        if not trunk:
+            raise errors.Unsupported(
+                f"{self.net.name} has no layer with a grid that everything passes through; name one with layer="
+            )
+        if recording.outputs and (main := self.net._geometry_of(recording)[recording.outputs[0].node]) is not None:
+            dense = main.layout is not None and main.layout.spatial
+            if dense:  # a segmentation: not its answer, but the deepest maps it is made from
+                smallest = min(np.prod(table[n].grid[1:]) for n in trunk)  # type: ignore[index]
+                deep = [n for n in trunk if np.prod(table[n].grid[1:]) == smallest]  # type: ignore[index]
+                return max(deep, key=lambda n: (table[n].grid[0], deep.index(n)))  # type: ignore[index]
+        candidates = trunk[-8:]
+        if not any(table[n].grid_note for n in candidates):
+            return candidates[-1]
+        # Tokens: behind the last attention the patches no longer reach a class token, and their gradient is zero. Where
+        # they go on through a norm, its output is looked at: a norm takes no notice of scale, so in front of it
+        # activation times gradient sums to zero.
+        index = {table[n].node.index: n for n in candidates}
+        norms = {
+            index[i]: n.name
+            for n in recording.layers
+            if n.op in ("layer_norm", "rms_norm") and table[n.name].spatial
+            for i in n.inputs
+            if i in index
+        }
+        request = Request(gradients=[*candidates, *norms.values()])
+        with self.engine.session():
+            for passed in self.run(self.x[:1], request, self.score_of(0)):
+                for name in reversed(candidates):
+                    for looked_at in filter(None, (norms.get(name), name)):
+                        gradient = passed.gradients[looked_at]
+                        if gradient is not None and bool(table[looked_at].to_grid(gradient).any()):
+                            return looked_at
+        return candidates[-1]
+
+
+def _if(wanted: bool, *names: str) -> tuple[str, ...]:
+    return names if wanted else ()
+
+
+class _Answering(Look):
+    """The look of one method at some images of a request, which runs what the method asks for."""
+
+    def __init__(
+        self, inquiry: Inquiry, question: Question, answer: Answer, rows: range, passed: Pass, first: int, shared: dict
+    ):
+        here = slice(first, first + len(rows))  # where these images are in the pass
+        assert passed.scores is not None
+        values, gradients = _grids(question, question.method.reads, passed, here)
+        super().__init__(values, gradients, passed.scores[here].detach().float())
+        self._inquiry = inquiry
+        self._question = question
+        self._answer = answer
+        self._rows = rows
+        self._shared = shared
+
+    def visit(
+        self, count: int, make: Callable[[range], torch.Tensor], *reads: str
+    ) -> Iterator[tuple[range, Look]]:  # fmt: skip
+        inquiry, layer = self._inquiry, self._question.layer
+        names = {"input": INPUT, "layer": layer.name if layer else ""}
+        asked = [r.split(".") for r in reads if r != "score"]
+        request = Request(
+            read=[INPUT, *(names[of] for of, what in asked if what == "value" and of == "layer")],
+            gradients=[names[of] for of, what in asked if what == "gradient"],
+        )
+        (image,) = self._rows
+        score = inquiry.score_of(image)
+        x = inquiry.x[image : image + 1]
+        size = inquiry.engine.chunk_size(x.expand(count, *x.shape[1:]), request)
+        for start in range(0, count, size):
+            part = range(start, min(start + size, count))
+            for passed in inquiry.run(make(part).to(x), request, score, count):
+                assert passed.scores is not None
+                done = range(part.start, part.start + len(passed.scores))
+                part = range(done.stop, part.stop)
+                values, gradients = _grids(self._question, ("input.value", *reads), passed, slice(None))
+                inquiry.net._report(done.stop, count, "points")
+                yield done, Look(values, gradients, passed.scores.detach().float())
+
+    def patched(self, boxes: Sequence[tuple[int, int, int, int]], fill: torch.Tensor) -> Iterator[tuple[range, Any]]:
+        (image,) = self._rows
+        x = self._inquiry.x[image : image + 1]
+
+        def covered(part: range) -> torch.Tensor:
+            points = x.repeat(len(part), *[1] * (x.dim() - 1))
+            for point, (top, left, height, width) in zip(points, (boxes[i] for i in part), strict=True):
+                where = (slice(None), slice(top, top + height), slice(left, left + width))
+                point[where] = fill.to(x)[0][where]
+            return points
+
+        for part, seen in self.visit(len(boxes), covered):
+            yield part, seen.scores
+
+    def under(self, rules: Any, baseline: torch.Tensor | None = None) -> Any:
+        from innersight.observe import rules as backward_rules
+
+        key = (rules, self._rows, None if baseline is None else id(baseline))
+        if key not in self._shared:
+            inquiry, rows = self._inquiry, self._rows
+
+            def score(output: Any) -> torch.Tensor:
+                main = inquiry.net._main(output)
+                return inquiry.goal.score(output, main, [min(i, rows.stop - 1) for i in rows])
+
+            x = inquiry.x[rows.start : rows.stop]
+            self._shared[key] = backward_rules.run(inquiry.engine, x, rules, score, baseline)
+        for sentence in self._shared[key].notes:
+            self.note(sentence)
+        return self._shared[key]
+
+    def without_channels(self) -> torch.Tensor:
+        (image,) = self._rows
+        assert self._question.layer is not None
+        _, scores, skips = self._inquiry.without_channels(image, self._question.layer)
+        if not skips:
+            self.note(f"{self._inquiry.net.name} cannot be run from the middle, so each removal was a whole run")
+        return scores
+
+    def once(self, function: Callable[..., Any], *args: Any) -> Any:
+        key = (function, self._rows, None if self._question.layer is None else self._question.layer.name, args)
+        if key not in self._shared:
+            self._shared[key] = function(self, *args)
+        return self._shared[key]
+
+    def say(self, **numbers: Any) -> None:
+        total = len(self._inquiry.x)
+        for name, value in numbers.items():
+            row = self._answer.said.setdefault(name, [None] * total)
+            each = np.broadcast_to(torch.as_tensor(value).detach().float().cpu().numpy(), (len(self._rows),))
+            for i, number in zip(self._rows, each, strict=True):
+                row[i] = float(number)
+
+    def note(self, sentence: str) -> None:
+        if sentence not in self._answer.notes:
+            self._answer.notes.append(sentence)
+
+
+def _grids(question: Question, reads: Sequence[str], passed: Pass, here: slice) -> tuple[dict, dict]:
+    """The values and gradients of a pass as a method sees them."""
+    layer = question.layer
+    found: dict[str, dict[str, torch.Tensor]] = {"value": {}, "gradient": {}}
+    for of, what in (r.split(".") for r in reads if r.startswith(("input.", "layer."))):
+        name = INPUT if of == "input" or layer is None else layer.name
+        value = (passed.values if what == "value" else passed.gradients)[name]
+        if value is None:
+            raise errors.Unsupported(
+                f"the score does not depend on {name!r} in a way that has a gradient (a detector that found "
+                "nothing, a step function), so no map can be made from it"
+            )
+        found[what][of] = (value if name == INPUT or layer is None else layer.to_grid(value)).detach()[here]
+    return found["value"], found["gradient"]

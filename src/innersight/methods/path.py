@@ -1,0 +1,1 @@
+"""Methods that follow a path or average over points around the picture."""
