@@ -100,6 +100,7 @@ class Recording:
     batch: int
     by_name: dict[str, Node] = field(default_factory=dict)
     gaps: bool = False  # tensors turned up that no operation was seen to make, so `inputs` of nodes may lack some
+    opened: bool = False  # scaled_dot_product_attention was run as the operations it stands for
 
     @property
     def layers(self) -> list[Node]:
@@ -175,7 +176,8 @@ _INPLACE_DUNDERS = frozenset(
 )
 _RENAMED = {"max_pool1d_with_indices": "max_pool1d", "max_pool2d_with_indices": "max_pool2d",
             "max_pool3d_with_indices": "max_pool3d", "truediv": "div", "_to_copy": "to",
-            "adaptive_max_pool2d_with_indices": "adaptive_max_pool2d", "_convolution": "convolution"}  # fmt: skip
+            "adaptive_max_pool2d_with_indices": "adaptive_max_pool2d", "_convolution": "convolution",
+            "_safe_softmax": "softmax"}  # fmt: skip
 
 
 def raw_name(func: Callable) -> str:
@@ -296,12 +298,44 @@ _ATTENTION_OPEN = types.FunctionType(
 _ATTENTION_OPEN.__kwdefaults__ = _ATTENTION.__kwdefaults__
 
 
-def _run_attention_under(mode: TorchFunctionMode, args: tuple, kwargs: dict) -> Any:
+def _run_under(mode: TorchFunctionMode, fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     _push_mode(mode)  # not `with mode:`, which would run the observer's own enter and exit in the middle of a run
     try:
-        return _ATTENTION_OPEN(*args, **kwargs)
+        return fn(*args, **kwargs)
     finally:
         _pop_mode()
+
+
+FUSED = "scaled_dot_product_attention"
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What `F.scaled_dot_product_attention` computes, as operations of their own: its weights can be read."""
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scale is None else scale), key.transpose(-2, -1))
+    if is_causal:
+        past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(past.logical_not(), -torch.inf)
+    if attn_mask is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        hides = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(attn_mask.logical_not(), -torch.inf) if hides else scores + attn_mask
+        weights = torch._safe_softmax(scores, -1)  # a row that may look nowhere: zeros, not NaN
+    if dropout_p:
+        weights = F.dropout(weights, dropout_p)
+    return torch.matmul(weights, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,6 +383,7 @@ class _Learner(TorchFunctionMode):
         self.weights = {id(t): t for m in module.modules() for t in _weights_of(m)}
         self.unplaced: set[int] = set()  # opaque nodes that nothing has read yet
         self.gaps = False
+        self.opened = False
         self.batch = 0
         self.check: Callable[[Node, torch.Tensor], None] | None = None
 
@@ -455,8 +490,10 @@ class _Learner(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _ATTENTION:
-            return _run_attention_under(self, args, kwargs)
+            return _run_under(self, _ATTENTION_OPEN, args, kwargs)
         name = raw_name(func)
+        if self.opened and name == FUSED:
+            return self.attend(args, kwargs)
         call = Call(func, grad_mode=name in _GRAD_MODE)
         position = len(self.calls)
         self.calls.append(call)
@@ -472,6 +509,18 @@ class _Learner(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             self.note(call, name, func, args, kwargs, read, target, out, position)
         return out
+
+    def attend(self, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Attention opened: what comes out has the name that the closed call has, so other names stay what they are."""
+        path = f"{self.scope[-1][0]}.{FUSED}".lstrip(".")
+        depth = self.enter(path)
+        out = None
+        try:
+            out = _run_under(self, attend, args, kwargs)
+            return out
+        finally:
+            with torch._C.DisableTorchFunction():
+                self.leave(depth, out, leaf=path, kind="")
 
     def reads(self, args: tuple, kwargs: dict, position: int) -> list[Ref]:
         found: dict[Ref, None] = {}
@@ -572,7 +621,9 @@ class _Learner(TorchFunctionMode):
             outputs += refs[-1:]
         self.name_nodes()
         by_name = {node.name: node for node in self.nodes}
-        return Recording(self.calls, self.nodes, self.aliases, inputs, tuple(outputs), self.batch, by_name, self.gaps)
+        return Recording(
+            self.calls, self.nodes, self.aliases, inputs, tuple(outputs), self.batch, by_name, self.gaps, self.opened
+        )  # fmt: skip
 
     def name_nodes(self) -> None:
         used: dict[str, int] = {}
@@ -621,14 +672,16 @@ def learn(
     call: Callable[..., Any] | None = None,
     check: Callable[[Node, torch.Tensor], None] | None = None,
     grad: bool = False,
+    opened: bool = False,
 ) -> Recording:
     """Run `module(*inputs)` (or `call(module, *inputs)`) once and write down what it did.
 
     `check(node, value)` is called behind every operation. Some models go another way when gradients are recorded; with
-    `grad` they are. The caller has put the model into the state it shall run in.
+    `grad` they are. With `opened`, fused attention is run as `attend`, so that its weights are layers. The caller has put the model into the state it shall run in.
     """
     learner = _Learner(module)
     learner.check = check
+    learner.opened = opened
     before = nn.modules.module.register_module_forward_pre_hook(learner.before)
     after = nn.modules.module.register_module_forward_hook(learner.after, always_call=True)
     _learning.learner = learner
@@ -718,6 +771,7 @@ class Runner(TorchFunctionMode):
         self.recording = recording
         self.calls = recording.calls
         self.length = len(self.calls)
+        self.opened = recording.opened
         self.position = 0
         wanted = [(recording.nodes[n], tap) for n, tap in taps.items()]
         self.taps = {node.position: (node, tap) for node, tap in wanted if node.slot is None}
@@ -743,7 +797,9 @@ class Runner(TorchFunctionMode):
         if self.ended is not None:
             raise self.ended
         if func is _ATTENTION:
-            return _run_attention_under(self, args, kwargs)
+            return _run_under(self, _ATTENTION_OPEN, args, kwargs)
+        if self.opened and raw_name(func) == FUSED:
+            return _run_under(self, attend, args, kwargs)
         position = self.position
         self.position = position + 1
         if position > self.tail:

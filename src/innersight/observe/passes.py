@@ -11,14 +11,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from innersight import errors
-from innersight.observe import guard, observer
+from innersight.observe import attention, guard, observer
+from innersight.observe.attention import AttentionMap
 from innersight.observe.observer import Recording, Tap
 
 INPUT = "input"
@@ -37,12 +38,14 @@ class Pass:
     values:    layer -> activation, as the model holds it (batch first), or what `reduce` made of it
     gradients: layer (or "input") -> gradient of the summed scores; None where the score does not depend on the layer
     scores:    what was differentiated, one number an image
+    attention: the attention matrices in run order, if asked for
     """
 
     output: Any = None
     values: dict[str, Any] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
     scores: torch.Tensor | None = None
+    attention: list[AttentionMap] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Request:
     change:    layer -> what to put in the place of its activation
     output:    False ends the run behind the last layer asked for
     of:        a layer whose activation is scored instead of the output; the run ends there
+    attention: "value": every attention matrix, fused attention opened for it; "last": and the last one's gradient,
+               which tells which tokens the score is read from; "gradient": and each one's gradient
     """
 
     read: Sequence[str] = ()
@@ -65,6 +70,7 @@ class Request:
     change: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     output: bool = True
     of: str | None = None
+    attention: str = ""
 
     @property
     def layers(self) -> list[str]:
@@ -75,11 +81,15 @@ class Request:
 
     @property
     def runs_to_the_end(self) -> bool:
-        return self.of is None and (self.output or bool(self.gradients))
+        return self.of is None and (self.output or self.differentiates)
+
+    @property
+    def differentiates(self) -> bool:
+        return bool(self.gradients) or self.attention in ("last", "gradient")
 
     @property
     def nothing(self) -> bool:
-        return not self.runs_to_the_end and not self.layers
+        return not self.runs_to_the_end and not self.layers and not self.attention
 
 
 class Engine:
@@ -112,15 +122,20 @@ class Engine:
 
     # -- learning
 
-    def recording(self, x: torch.Tensor, grad: bool = False, again: bool = False) -> Recording:
-        """What the model does with a batch of this shape; learnt from `x` if it has not been before."""
-        key = (tuple(x.shape[1:]), x.dtype, x.device)
+    def recording(
+        self, x: torch.Tensor, grad: bool = False, again: bool = False, opened: bool = False
+    ) -> Recording:  # fmt: skip
+        """What the model does with a batch of this shape; learnt from `x` if it has not been before.
+
+        opened: with fused attention run as the operations it stands for
+        """
+        key: tuple = (tuple(x.shape[1:]), x.dtype, x.device, *(("opened",) if opened else ()))
         if grad and not again and (*key, "grad") in self._recordings:
             return self._recordings[*key, "grad"]
         if key not in self._recordings or again:
             guard.seed(self.module)
             one = x if again else x[:1]  # what a model does with the whole batch matters only if it then diverged
-            learnt = observer.learn(self.module, self._filled(one)[0], call=self.call, grad=grad)
+            learnt = observer.learn(self.module, self._filled(one)[0], call=self.call, grad=grad, opened=opened)
             self._recordings[(*key, "grad") if grad else key] = learnt
             return learnt
         return self._recordings[key]
@@ -150,7 +165,7 @@ class Engine:
         gradient cannot be taken or the model takes another way each time.
         """
         if request.nothing:
-            return Pass(values={INPUT: x} if INPUT in request.read else {})
+            return _untouched(x, request)
         if x.is_inference():
             x = x.clone()  # outside of inference mode: a tensor that can be differentiated
         try:
@@ -164,17 +179,29 @@ class Engine:
             ) from error
 
     def _until_learnt(self, x: torch.Tensor, request: Request) -> Pass:
-        grad = bool(request.gradients)
+        grad, opened = request.differentiates, bool(request.attention)
         for attempt in range(3):  # as learnt; learnt anew for this batch; the other way round about gradients
-            recording = self.recording(x, grad=grad and attempt != 1, again=attempt > 0)
+            recording = self.recording(x, grad=grad and attempt != 1, again=attempt > 0, opened=opened)
             try:
-                return self._run(recording, x, request)
+                return self._with_attention(recording, x, request) if opened else self._run(recording, x, request)
             except observer.Diverged:
                 continue
             except errors.UnknownName:
                 if attempt:  # the layer may be one that only this batch reaches
                     raise
         raise errors.Unsupported("this model does something else each time it runs, so its layers cannot be told apart")
+
+    def _with_attention(self, recording: Recording, x: torch.Tensor, request: Request) -> Pass:
+        """The attention matrices are layers like others; what was read of them is handed out under their own head."""
+        asked = _spelled(request, recording)
+        passed = _untouched(x, request) if asked.nothing else self._run(recording, x, asked)
+        real, filled = x.shape[0], self.fixed_batch or x.shape[0]
+        for node in attention.matrices(recording):
+            value, gradient = passed.values[node.name], passed.gradients.get(node.name)
+            passed.attention.append(attention.as_map(node, value, gradient, real, filled))
+        passed.values = {name: v for name, v in passed.values.items() if name in (*request.read, *request.reduce)}
+        passed.gradients = {name: passed.gradients[name] for name in request.gradients}
+        return passed
 
     def _run(self, recording: Recording, x: torch.Tensor, request: Request) -> Pass:
         """With the graph cut at the earliest gradient, or, where that cannot be, with all of it."""
@@ -252,7 +279,8 @@ class Engine:
         """How many images of `x` go into one pass, so that it stays inside the budget."""
         if self.fixed_batch or x.shape[0] == 1:
             return self.fixed_batch or 1
-        recording = self.recording(x)
+        recording = self.recording(x, opened=bool(request.attention))
+        request = _spelled(request, recording)
         made = [0.0 if n.kind == "view" else _bytes(n) / max(recording.batch, 1) for n in recording.nodes]
         need = sum(made[recording.find(name).index] for name in request.read if name != INPUT)
         if request.gradients:  # what autograd keeps, and gradients on their way back
@@ -291,6 +319,19 @@ def _differentiate(scores: torch.Tensor, at: list, real: int) -> tuple[torch.Ten
                 "build it with use_reentrant=False or without checkpointing"
             ) from error
         raise
+
+
+def _untouched(x: torch.Tensor, request: Request) -> Pass:
+    return Pass(values={INPUT: x} if INPUT in request.read else {})
+
+
+def _spelled(request: Request, recording: Recording) -> Request:
+    """The request with attention matrices named as the layers they are."""
+    if not request.attention:
+        return request
+    names = [n.name for n in attention.matrices(recording)]
+    wanted = {"value": [], "last": names[-1:], "gradient": names}[request.attention]
+    return replace(request, attention="", read=[*request.read, *names], gradients=[*request.gradients, *wanted])
 
 
 def _bytes(node: observer.Node) -> float:
