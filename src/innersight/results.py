@@ -965,8 +965,9 @@ class Maximization(Result):
     history: (K, steps), the activation in each step of the search
     verdict: for each picture its "activation", the "rise" of that over random pictures with the spectrum and the
              colors of photographs ("random_mean", "random_std") in standard deviations of theirs, the same over noise
-             of the picture's own spectrum ("rise_over_same_spectrum"), and whether the unit is "dead": no picture
-             moves it. Of classes also the network's "answer" to the picture and its "probability".
+             of the picture's own spectrum ("rise_over_same_spectrum"), and whether the unit is "dead": silent at
+             every start, so that its picture is gray. Of classes also the network's "answer" to the picture and its
+             "probability".
     """
 
     KIND: ClassVar[str] = "Maximization"
@@ -1034,18 +1035,23 @@ class Maximization(Result):
         chosen = plots.select(np.zeros((len(self), 1)), limit=limit, page=page)
         if ax is not None:
             if len(self) != 1:
-                raise errors.InputError(f"one set of axes holds one picture, and there are {len(self)}: pick one by [i]")
+                raise errors.InputError(
+                    f"one set of axes holds one picture, and there are {len(self)}: pick one by [i]"
+                )
             caption = f"{self.units[0]}: {self._caption(0)}"
             return self._drawn(plots.saliency_on(ax, plots.Panel(caption, self._pixels(0))))
-        cells = [plots.Cell(self.units[i], self._pixels(i), self._caption(i)) for i in chosen.channels]
-        p = self.provenance
-        what = f"layer {_layer_text(p)}" if p.layer else "classes" if len(self) > 1 else self.units[0]
+        p, layer = self.provenance, _layer_text(self.provenance)
+        cells = [
+            plots.Cell(self.units[i].removeprefix(f"{layer} "), self._pixels(i), self._caption(i))
+            for i in chosen.channels
+        ]
+        what = layer or ("the classes" if len(self) > 1 else self.units[0])
         notes = [
-            "rise: standard deviations above the mean activation on random pictures with the spectrum and colors of "
-            "photographs; in brackets: above noise with the spectrum of the picture itself",
+            "below each its activation, and how far it rises above that on random pictures with the spectrum and the "
+            "colors of photographs, in standard deviations (in brackets: above noise with the picture's own spectrum)",
             chosen.text.replace("channels", "pictures"),
         ]
-        title = f"What raises {what}{_of(p)} most"
+        title = f"What {what}{_of(p)} answer{'' if what == 'the classes' else 's'} to most"
         return self._drawn(plots.gallery(cells, title=title, notes=notes, columns=columns))
 
     def _pixels(self, i: int) -> np.ndarray:
@@ -1055,16 +1061,16 @@ class Maximization(Result):
 
     def _caption(self, i: int) -> str:
         if self._said("dead")[i]:
-            return "dead: no picture raises it"
-        numbers = {name: self._said(name)[i] for name in ("activation", "rise", "rise_over_same_spectrum", "probability")}
+            return "silent at every start"
+        names = ("activation", "rise", "rise_over_same_spectrum", "probability")
+        numbers = {name: self._said(name)[i] for name in names}
         known = {name: color.number(v) for name, v in numbers.items() if v is not None and not math.isnan(v)}
         parts = [known.get("activation", "")]
         if "rise" in known:
             over = known.get("rise_over_same_spectrum")
             parts.append(f"rise {known['rise']}{f' ({over})' if over else ''}")
-        if "probability" in known:
-            parts.append(f"{self._said('answer')[i]} {known['probability']}")
-        return " · ".join(filter(None, parts))
+        said = f"\nseen as {self._said('answer')[i]}, p {known['probability']}" if "probability" in known else ""
+        return " · ".join(filter(None, parts)) + said
 
     def _summary(self) -> dict[str, Any]:
         pictures = [

@@ -531,6 +531,47 @@ def saliency_on(ax: Axes, panel: Panel) -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pictures that were found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a gallery, (h, w, 3) uint8, with a line above it and some below."""
+
+    caption: str
+    pixels: np.ndarray
+    below: str
+
+
+def gallery(cells: Sequence[Cell], *, title: str, notes: Sequence[str] = (), columns: int | None = None) -> Figure:
+    """Pictures side by side, each between its caption and what is said of it."""
+    if columns is not None and columns < 1:
+        raise errors.InputError(f"columns={columns}: at least one")
+    columns = min(columns or color.near_square(len(cells)), len(cells))
+    box = int(np.clip(1650 // columns, 150, 460))
+    shown = [fit(c.pixels, box, box) for c in cells]
+    line, gap = 28, 24
+    under = 20 * max(c.below.count("\n") + 1 for c in cells) + 6
+    rows = [range(k, min(k + columns, len(cells))) for k in range(0, len(cells), columns)]
+    heights = [max(shown[i].shape[0] for i in row) for row in rows]
+    width = max(2 * MARGIN + columns * box + (columns - 1) * gap, 700)
+    heading = Heading.wrapped(title, notes, width - 2 * MARGIN)
+    top = MARGIN + heading.height
+    sheet = Sheet(width, top + sum(heights) + len(rows) * (line + under) + (len(rows) - 1) * gap + MARGIN)
+    sheet.heading(heading)
+    for row, height in zip(rows, heights, strict=True):
+        for column, i in enumerate(row):
+            left = MARGIN + column * (box + gap)
+            sheet.text(left, top, shorten(cells[i].caption, box))
+            sheet.image(left, top + line, shown[i])
+            below = top + line + shown[i].shape[0] + 6
+            said = "\n".join(shorten(text, box + gap // 2, 5.5) for text in cells[i].below.split("\n"))
+            sheet.text(left, below, said, 5.5, color=FAINT)
+        top += height + line + under + gap
+    return sheet.figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Sensitivity
 
 
