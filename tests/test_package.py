@@ -23,11 +23,13 @@ ALLOWED = {
     "targets": {"observe"},
     "draw": {"draw"},
     "storage": {"draw"},
-    "results": {"draw", "images", "storage"},
+    "localize": set(),
+    "results": {"draw", "images", "localize", "storage"},
     "layers": {"observe"},
     "formats": {"formats", "observe", "preprocess"},
     "inquiry": {"layers", "methods", "observe", "targets"},
-    "network": {"formats", "images", "inquiry", "layers", "methods", "observe", "results", "targets"},
+    "network": {"formats", "images", "inquiry", "layers", "maximize", "methods", "observe", "results", "targets"},
+    "maximize": {"formats", "layers", "observe", "preprocess", "results", "targets"},
     "data": {"data", "preprocess"},
 }
 

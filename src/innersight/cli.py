@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from innersight.images import Inputs
     from innersight.methods import Method
     from innersight.network import Network
-    from innersight.results import FeatureMaps, Predictions, Saliency
+    from innersight.results import FeatureMaps, Maximization, Predictions, Saliency
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How it ends
@@ -102,7 +102,7 @@ def _sentence(error: Exception) -> str:
 
 _FLAGS = {"output=": "--output-name ", "layers=": "--layer ", "trust=True": "--trust", "limit=None": "--limit 0"}
 _KEYWORD = re.compile(
-    r"(?<![\w.-])(?:trust=True|limit=None|(?:arch|weights|labels|layers?|input_shape|preprocess|output|device|target)=)"
+    r"(?<![\w.-])(?:trust=True|limit=None|(?:arch|weights|labels|layers?|input_shape|preprocess|output|device|target|channel|at)=)"
 )
 
 
@@ -593,6 +593,8 @@ def _wrote(files: Iterable[Path]) -> None:
 @click.option("--scale", type=click.Choice(["each", "shared"]), default="each", show_default=True,
               help="Every image on its own scale, or all of a method on one.")  # fmt: skip
 @click.option("--smooth", type=click.FloatRange(min=0), default=0, metavar="PIXELS", help="Blur, for the eye only.")
+@click.option("--boxes", "boxed", is_flag=True, help="Print and draw where the object is by its map: the box around the "
+              "largest part above 20% of the maximum (after --smooth).")  # fmt: skip
 @click.option(
     "--limit",
     type=click.IntRange(min=0),
@@ -606,7 +608,7 @@ def _wrote(files: Iterable[Path]) -> None:
 @_on_model(images=True)
 def explain(model: Model, images: tuple[str, ...], methods: tuple[str, ...], target: str | None, against: str | None,
             layer: str | None, given: tuple[str, ...], seed: int | None, outs: tuple[Path, ...], limit: int,
-            as_json: bool, **drawing: Any) -> None:  # fmt: skip
+            boxed: bool, as_json: bool, **drawing: Any) -> None:  # fmt: skip
     """What in each IMAGE drove the decision of MODEL.
 
     Draws it over the picture and prints what the network predicts, what was explained and its score. Several methods
@@ -623,12 +625,16 @@ def explain(model: Model, images: tuple[str, ...], methods: tuple[str, ...], tar
         found = net.explain(
             inputs, method=[m.name for m in chosen], target=_target(target, against), layer=layer, **options
         )
-    drawing["limit"] = limit or None
+    drawing |= {"limit": limit or None, "boxes": int(boxed)}
+    boxes = {name: s.boxes(smooth=drawing["smooth"], limit=_BOXES) for name, s in found.items()} if boxed else None
     files = [file for path in outs for file in _save_saliency(found, path, drawing)]
     if as_json:
-        _print_json({"predictions": predictions, "saliency": found, "files": files})
+        record = {"predictions": predictions, "saliency": found, "files": files}
+        _print_json(record if boxes is None else {**record, "boxes": _box_records(found, boxes)})
         return
     _print_explained(found, predictions)
+    if boxes is not None:
+        _print_boxes(found, boxes)
     _wrote(files)
     _notes(_explain_notes(found, outs, limit, drawing["page"]))
 
@@ -730,12 +736,114 @@ def _print_explained(found: Mapping[str, Saliency], predictions: Predictions | N
     _table(("image", "prediction", "target", "score"), rows, right=("score",))
 
 
+_BOXES = 16  # no more of them for a picture in --json: a map of single pixels has thousands
+
+
+def _box_records(found: Mapping[str, Saliency], boxes: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    return {
+        name: [
+            {"name": p.name, "boxes": [b._asdict() for b in row]}
+            for p, row in zip(found[name].pictures, of_method, strict=True)
+        ]
+        for name, of_method in boxes.items()
+    }
+
+
+def _print_boxes(found: Mapping[str, Saliency], boxes: Mapping[str, Sequence[Any]]) -> None:
+    rows = []
+    for name, of_method in boxes.items():
+        for picture, row in zip(found[name].pictures, of_method, strict=True):
+            edges = [str(v) for v in row[0][:4]] if row else ["none", "", "", ""]
+            rows.append((picture.name, name, *edges, f"{row[0].score:.2f}" if row else ""))
+    click.echo()
+    header = ("image", "method", "left", "top", "right", "bottom", "holds")
+    _table(header, rows, right=header[2:])
+
+
 def _explain_notes(found: Mapping[str, Saliency], outs: Sequence[Path], limit: int, page: int) -> Iterator[str]:
     for saliency in found.values():
         yield from saliency.provenance.notes
     count = len(next(iter(found.values())))
     if limit and count > limit and not all(map(_stored, outs)):
         yield f"the picture shows {limit} of {count} images, page {page} (--limit and --page change it)"
+
+
+@main.command()
+@click.option("--layer", metavar="NAME", help="The layer whose channels are asked for.")
+@click.option("--channel", "channels", multiple=True, metavar="N", help="Repeatable, or a comma list: 0,7,12-15.")
+@click.option("--target", "classes", multiple=True, metavar="CLASS", help="A class instead, by name or number; "
+              "repeatable.")  # fmt: skip
+@click.option("--at", metavar="everywhere|middle|Y,X", default="everywhere", show_default=True,
+              help="The mean of the channel, or one unit of its grid.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--parameterization", type=click.Choice(["fourier", "pixels"]), default="fourier", show_default=True,
+              help="Frequencies, as photographs have them, or pixels kept small by --l2.")  # fmt: skip
+@click.option("--l2", type=click.FloatRange(min=0), metavar="WEIGHT", help="For pixels; default 0.001.")
+@click.option("--robust/--no-robust", default=True, show_default=True,
+              help="Look at the picture a little moved, turned and scaled in each step.")  # fmt: skip
+@click.option("--columns", type=click.IntRange(min=1), metavar="N", help="Of the grid; default about square.")
+@_out_option("maximize.png")
+@_on_model()
+def maximize(model: Model, layer: str | None, channels: tuple[str, ...], classes: tuple[str, ...], at: str,
+             outs: tuple[Path, ...], columns: int | None, as_json: bool, **options: Any) -> None:  # fmt: skip
+    """The pictures that channels or classes of MODEL answer to most.
+
+    Found by following the gradient from noise. Printed is how far each raises its unit above random pictures, in
+    standard deviations, and above noise of the picture's own spectrum.
+    """
+    _check_outs(outs)
+    numbers = _whole_numbers(channels)
+    net = model.open()
+    with _stages(quiet=as_json) as progress:
+        net.progress = lambda done, total, _: progress("maximizing", done, total, "")
+        found = net.maximize(
+            layer, numbers or None, (list(classes) if len(classes) > 1 else classes[0]) if classes else None,
+            at=_at(at), **options,
+        )  # fmt: skip
+    files = [file for path in outs for file in found.save(path, **({} if _stored(path) else {"columns": columns}))]
+    if as_json:
+        _print_json({**found.to_json(), "files": files})
+        return
+    _print_maximized(found)
+    _wrote(files)
+    _notes(found.provenance.notes)
+
+
+def _whole_numbers(given: Sequence[str]) -> list[int]:
+    """`7`, `0,7` and `12-15`, each as often as it is named."""
+    numbers: list[int] = []
+    for part in (p.strip() for text in given for p in text.split(",") if p.strip()):
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not ends:
+            raise errors.InputError(f"--channel takes numbers such as 7, 0,7 or 12-15, not {part!r}")
+        first = int(ends[1])
+        last = first if ends[2] is None else int(ends[2])
+        if last < first or last - first >= 100_000:
+            raise errors.InputError(f"--channel {part}: from the lower number to the higher one")
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def _at(text: str) -> Any:
+    parts = text.strip("() ").split(",")
+    return tuple(int(p) for p in parts) if len(parts) == 2 and all(p.strip().isdigit() for p in parts) else text
+
+
+def _print_maximized(found: Maximization) -> None:
+    from innersight.draw.color import number
+
+    rows = []
+    for i, unit in enumerate(found.units):
+        said = {name: values[i] for name, values in found.verdict.items()}
+        if said["dead"]:
+            rows.append((unit, number(said["activation"]), "silent", "", ""))
+            continue
+        answer = f"{said['answer']} {said['probability']:.3f}" if "answer" in said else ""
+        rises = [number(said[name]) for name in ("rise", "rise_over_same_spectrum")]
+        rows.append((unit, number(said["activation"]), *rises, answer))
+    header = ("picture of", "activation", "rise", "over its spectrum", "seen as")
+    _table(header, rows, right=header[1:4])
 
 
 @main.command()

@@ -15,6 +15,7 @@ from innersight.formats import Opened
 from innersight.formats.function import Function
 from innersight.inquiry import Answer, Inquiry, Question
 from innersight.layers import Layer, Layers
+from innersight.maximize import maximize
 from innersight.methods import Method, all_methods, find
 from innersight.observe import geometry
 from innersight.observe.observer import Node, Recording
@@ -392,6 +393,8 @@ class Network:
                 inputs, method.name, at, _said(target, inquiry.texts), question.options, notes,
             ),
         )  # fmt: skip
+
+    maximize = maximize  # a function of the network, with its options and its docstring
 
     def sensitivity(self, images: Any, layer: str, target: Any = None) -> results.Sensitivity:
         """The exact change of the target's score when each channel of `layer` is removed (set to zero).

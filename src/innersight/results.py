@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from innersight import errors, storage
+from innersight import errors, localize, storage
 from innersight.draw import color
 
 if TYPE_CHECKING:
@@ -519,6 +519,51 @@ class Saliency(Result):
             for i, p in enumerate(self.pictures)
         ]
 
+    def mask(self, threshold: float | None = None, method: str = "max", *, smooth: float = 0) -> list[np.ndarray]:
+        """Where each picture speaks for the target: (H0, W0) bool, on the original picture as people see it.
+
+        threshold, method: "max": at least this share of the maximum on the picture, default 0.2 (Zhou et al., Learning
+            Deep Features for Discriminative Localization, CVPR 2016); "energy": the fewest pixels that hold this share
+            of all positive values, default 0.5; "percentile": what exceeds it, default 95 (Simonyan et al., 2013)
+        smooth: standard deviation of a blur in pixels of the input; maps that mark single pixels need some
+
+        False outside of what the network saw, and everywhere for a map that tells no place from another.
+        """
+        value = localize.check(threshold, method)
+        return [localize.mask(self._evidence(i, smooth), value, method) for i in range(len(self))]
+
+    def boxes(
+        self,
+        threshold: float | None = None,
+        method: str = "max",
+        *,
+        smooth: float = 0,
+        limit: int | None = None,
+    ) -> list[list[localize.Box]]:
+        """For each picture the boxes around the connected parts of its `mask`, the largest part first.
+
+        The first is the object's box by Zhou et al., CVPR 2016. On the original picture, in pixels: (left, top, right,
+        bottom, score), the score being the share of all positive values that the part holds. No box for a map that
+        tells no place from another. After `load` of a result of large pictures: on the picture as it was kept.
+
+        limit: at most this many for a picture
+        """
+        value = localize.check(threshold, method)
+        if limit is not None and limit < 1:
+            raise errors.InputError(f"limit={limit}: at least one box; limit=None for all of them")
+        found = []
+        for i in range(len(self)):
+            evidence = self._evidence(i, smooth)
+            found.append(localize.boxes(evidence, localize.mask(evidence, value, method), limit))
+        return found
+
+    def _evidence(self, i: int, smooth: float) -> np.ndarray:
+        """(H0, W0): a map on its original picture; zero if there is nothing in it."""
+        if self.scale(i).blank:
+            height, width = self.pictures[i].original_size or self.pictures[i].input_size
+            return np.zeros((height, width), np.float32)
+        return self.pictures[i].back(color.smooth(self.maps[i], smooth))
+
     def _shared(self, scale: str, smooth: float) -> color.Scale | None:
         from innersight.draw import plots
 
@@ -540,25 +585,28 @@ class Saliency(Result):
         style: str = "heat",
         scale: str = "each",
         smooth: float = 0,
+        boxes: int = 0,
         limit: int | None = 16,
         page: int = 1,
         ax: Axes | None = None,
     ) -> Saliency:
         """Draw each picture beside its overlay, with the scale below; options as in `overlay`.
 
+        boxes: draw this many of `boxes(smooth=smooth)` on each picture; True for the largest one
         limit, page: at most this many images on a page, and which page
         ax: matplotlib axes to draw the overlay of a single image into, instead of a new figure
         """
         if ax is None:
             name = self.provenance.method or "saliency"
-            return self._drawn(_saliency_figure({name: self}, style, scale, smooth, limit, page))
+            return self._drawn(_saliency_figure({name: self}, style, scale, smooth, boxes, limit, page))
         from innersight.draw import plots
 
         if len(self.pictures) != 1:
             raise errors.InputError(
                 f"one set of axes holds one image, and there are {len(self.pictures)}: pick one by [i]"
             )
-        panel = self._panel(0, self.provenance.method or "saliency", style, self._shared(scale, smooth), smooth)
+        name = self.provenance.method or "saliency"
+        panel = self._panel(0, name, style, self._shared(scale, smooth), smooth, boxes)
         return self._drawn(plots.saliency_on(ax, panel))
 
     def __getitem__(self, image: int) -> Saliency:
@@ -567,8 +615,9 @@ class Saliency(Result):
         one = slice(i, i + 1)
         verdict = {k: v[one] if isinstance(v, list) and len(v) == len(self) else v for k, v in self.verdict.items()}
         return dataclasses.replace(
-            self, values=self.values[one], pictures=self.pictures[one], targets=self.targets[one], verdict=verdict
-        )
+            self, values=self.values[one], pictures=self.pictures[one], targets=self.targets[one], verdict=verdict,
+            coarse=None if self.coarse is None else self.coarse[one],
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[Saliency]:
         return (self[i] for i in range(len(self)))
@@ -576,13 +625,23 @@ class Saliency(Result):
     def __len__(self) -> int:
         return len(self.values)
 
-    def _panel(self, i: int, name: str, style: str, shared: color.Scale | None, smooth: float) -> Any:
+    def _panel(self, i: int, name: str, style: str, shared: color.Scale | None, smooth: float, boxes: int = 0) -> Any:
         from innersight.draw import plots
 
         scale = shared or self.scale(i, smooth=smooth)
         picture = reduced(self.pictures[i], SHOWN_SIDE) or self.pictures[i]
         caption = f"{name}: {self.targets[i]}" if self.targets else name
-        return plots.Panel(caption, self._overlay(i, picture, style, scale, smooth), scale)
+        return plots.Panel(
+            caption, self._overlay(i, picture, style, scale, smooth), scale, self._shares(i, smooth, boxes)
+        )
+
+    def _shares(self, i: int, smooth: float, limit: int) -> tuple[tuple[float, float, float, float], ...]:
+        """Boxes of one picture in shares of its sides, for drawing on it in any size."""
+        if not limit:
+            return ()
+        height, width = self.pictures[i].original_size or self.pictures[i].input_size
+        found = self[i].boxes(smooth=smooth, limit=int(limit))[0]
+        return tuple((b.left / width, b.top / height, b.right / width, b.bottom / height) for b in found)
 
     def _summary(self) -> dict[str, Any]:
         maps = self.maps
@@ -674,6 +733,7 @@ def plot_comparison(
     style: str = "heat",
     scale: str = "each",
     smooth: float = 0,
+    boxes: int = 0,
     limit: int | None = 16,
     page: int = 1,
 ) -> Figure:
@@ -683,11 +743,11 @@ def plot_comparison(
     sizes = {len(s) for s in results.values()}
     if len(sizes) > 1:
         raise errors.InputError(f"results to compare must be of the same images, not of {sizes} images")
-    return _saliency_figure(results, style, scale, smooth, limit, page)
+    return _saliency_figure(results, style, scale, smooth, boxes, limit, page)
 
 
 def _saliency_figure(
-    results: Mapping[str, Saliency], style: str, scale: str, smooth: float, limit: int | None, page: int
+    results: Mapping[str, Saliency], style: str, scale: str, smooth: float, boxes: int, limit: int | None, page: int
 ) -> Figure:
     from innersight.draw import plots
 
@@ -699,13 +759,14 @@ def _saliency_figure(
         picture = first.pictures[i]
         pixels = _pixels(picture, SHOWN_SIDE)
         row = [] if pixels is None else [plots.Panel(picture.name, pixels)]
-        row += [s._panel(i, name, style, shared[name], smooth) for name, s in results.items()]
+        row += [s._panel(i, name, style, shared[name], smooth, boxes) for name, s in results.items()]
         rows.append(row)
     notes = [
         _style_text(style, {s.signed for s in results.values()}),
         "each map on its own scale" if scale == "each" else "one scale a method",
     ]
     notes += [f"{name}: {s.unit}" if len(results) > 1 else f"values: {s.unit}" for name, s in results.items() if s.unit]
+    notes.append("box: around the largest connected part above 20% of the maximum" if boxes else "")
     notes += [f"smoothed by {smooth:g} pixels" if smooth else "", chosen.text.replace("channels", "images")]
     if len(results) == 1:
         layer = _layer_text(first.provenance)

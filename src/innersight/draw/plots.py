@@ -465,11 +465,15 @@ def _bars(ax: Axes, values: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a saliency figure, (h, w, 3) uint8, and its scale if it shows values."""
+    """One picture of a saliency figure, (h, w, 3) uint8, and its scale if it shows values.
+
+    boxes: (left, top, right, bottom) in shares of the picture's sides
+    """
 
     caption: str
     pixels: np.ndarray
     scale: color.Scale | None = None
+    boxes: Sequence[tuple[float, float, float, float]] = ()
 
 
 def saliency(rows: Sequence[Sequence[Panel]], *, title: str, notes: Sequence[str] = (), style: str = "heat") -> Figure:
@@ -495,7 +499,7 @@ def saliency(rows: Sequence[Sequence[Panel]], *, title: str, notes: Sequence[str
             left = MARGIN + b * (block + 3 * gap)
             for panel, pixels in zip(row, shown, strict=True):
                 sheet.text(left, top, shorten(panel.caption, box), va="top")
-                sheet.image(left, top + caption, pixels)
+                _draw_boxes(sheet.image(left, top + caption, pixels), panel.boxes, pixels.shape[:2])
                 if panel.scale is not None:
                     _draw_bar(sheet, left, top + caption + pixels.shape[0] + 8, pixels.shape[1], panel.scale, style)
                 left += box + gap
@@ -522,9 +526,22 @@ def bar(scale: color.Scale, style: str, width: int = 256, height: int = 10) -> n
     return color.overlay(np.full((height, width, 3), behind, np.uint8), ramp, scale, style=style)
 
 
+def _draw_boxes(ax: Axes, boxes: Sequence[tuple[float, float, float, float]], size: Sequence[int]) -> None:
+    """Boxes on an image of (h, w) pixels: white between two dark lines, to be seen on whatever lies below."""
+    from matplotlib.patches import Rectangle
+
+    height, width = size
+    for n, (left, top, right, bottom) in enumerate(boxes):
+        place = (left * width - 0.5, top * height - 0.5), (right - left) * width, (bottom - top) * height
+        wide = 1.3 if n == 0 else 0.8  # the largest, which is the object's
+        for color_, line in ((INK, wide + 1.2), ("white", wide)):
+            ax.add_patch(Rectangle(*place, fill=False, edgecolor=color_, linewidth=line, joinstyle="miter"))
+
+
 def saliency_on(ax: Axes, panel: Panel) -> Figure:
     """One panel into somebody's axes."""
     ax.imshow(panel.pixels, interpolation="nearest")
+    _draw_boxes(ax, panel.boxes, panel.pixels.shape[:2])
     ax.set_axis_off()
     ax.set_title(plain(panel.caption), fontsize=8, parse_math=False)
     return _figure(ax)
