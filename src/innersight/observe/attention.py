@@ -6,8 +6,9 @@ A recording with `opened` holds the weights of fused attention as well. `matrice
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ _SOFTMAX = frozenset({"softmax", "_softmax"})
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "mm", "addmm"})
 # What may lie between the softmax and the product with the values without changing the matrix.
 _CARRIES = frozenset("to to_copy float double half bfloat16 type type_as contiguous clone dropout view reshape expand "
-                     "flatten unflatten squeeze unsqueeze".split())  # fmt: skip
+                     "flatten unflatten squeeze unsqueeze transpose permute movedim swapaxes T mT".split())  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class AttentionMap:
     name: str
     value: torch.Tensor
     gradient: torch.Tensor | None = None
+
+    def of(self, images: slice) -> AttentionMap:
+        """Of these images alone."""
+        gradient = None if self.gradient is None else self.gradient[images]
+        return AttentionMap(self.name, self.value[images], gradient)
 
     @property
     def square(self) -> bool:
@@ -70,13 +76,12 @@ def matrices(recording: Recording) -> list[Node]:
     if not found:
         return []
     readers = _readers(recording)
-    return [n for n in found if _square(n) or _changed(n, recording, readers) is None]
+    return [n for n in found if _square(n) or _changed(n, readers) is None]
 
 
 def name_of(node: Node) -> str:
     """The layer of the network that makes this matrix: fused attention is one layer."""
-    outer, _, last = node.path.rpartition(".")
-    if last != FUSED:
+    if node.path.rpartition(".")[2] != FUSED:
         return node.name
     return node.path + node.name.removeprefix(f"{node.path}.softmax")
 
@@ -86,9 +91,8 @@ def as_map(node: Node, value: torch.Tensor, gradient: torch.Tensor | None, real:
 
     def shaped(t: torch.Tensor) -> torch.Tensor:
         n = real if t.shape[0] == real else filled
-        if t.dim() == 3 and t.shape[0] % n == 0:  # heads and images in one dimension, the images first
-            t = t.reshape(n, -1, *t.shape[-2:])
-        elif t.shape[0] == n:
+        merged = t.dim() == 3 and t.shape[0] % n == 0  # images and heads in one dimension, the images first
+        if merged or t.shape[0] == n:
             t = t.reshape(n, -1, *t.shape[-2:])
         return t[:real] if t.shape[0] == filled else t
 
@@ -104,20 +108,19 @@ def token_grid(recording: Recording, traced: Sequence[Geometry | None], method: 
     nodes = matrices(recording)
     pooled = len(nodes) > 1 and not _square(nodes[-1]) and nodes[-1].shape[-2] == 1  # a query that reads the others
     squares = nodes[:-1] if pooled else nodes
-    if not any(_square(n) for n in nodes):
-        raise errors.Unsupported(f"{method} reads attention, and {network} has none" if not nodes else (
-            f"{method} is defined for attention of all tokens to all tokens; {network} {_from_to(nodes[0])}"))  # fmt: skip
+    if not nodes:
+        raise errors.Unsupported(f"{method} reads attention, and {network} has none")
 
     def refuse(why: str) -> errors.Unsupported:
         return errors.Unsupported(f"{method} is defined for attention over all tokens; {network} {why}")
 
     readers = _readers(recording)
     for node in nodes:
-        if (op := _changed(node, recording, readers)) is not None:
+        if (op := _changed(node, readers)) is not None:
             raise refuse(f"changes its attention between softmax and use, by {op} (behind {name_of(node)!r})")
     for node in squares:
         if (why := _elsewhere(node, traced[node.index])) is not None:
-            raise refuse(f"{why} ({name_of(node)!r})")
+            raise refuse(f"{why} (at {name_of(node)!r})")
     first, last = squares[0], squares[-1]
     dims = [_tokens_of(traced[n.index]) for n in squares]
     for node, dim in zip(nodes, [*dims, *dims[-1:]] if pooled else dims, strict=True):
@@ -128,6 +131,12 @@ def token_grid(recording: Recording, traced: Sequence[Geometry | None], method: 
     for node in recording.nodes[first.index : last.index]:
         if _mixes(node):
             raise refuse(f"mixes them by {node.op} as well ({node.name!r})")
+    for node, behind in itertools.pairwise(nodes):
+        if not _leads(node, behind, readers):
+            raise errors.Unsupported(
+                f"{method} is defined for attention layer after layer; {network} runs some side by side "
+                f"({name_of(node)!r}, {name_of(behind)!r})"
+            )
     dim = dims[0]
     layout = traced[first.index].layout  # type: ignore[union-attr]
     rows, columns = (math.prod(a.size for a in atoms_of(dim) if a.axis == axis) for axis in AXES)
@@ -154,7 +163,7 @@ def _readers(recording: Recording) -> dict[int, list[Node]]:
     return found
 
 
-def _changed(node: Node, recording: Recording, readers: dict[int, list[Node]]) -> str | None:
+def _changed(node: Node, readers: dict[int, list[Node]]) -> str | None:
     """What is done to a matrix before it weighs anything; None if it weighs values as it is."""
     waiting, changes = [node], []
     while waiting:
@@ -180,14 +189,15 @@ def _shape_of(dim: Dim) -> tuple:
 def _elsewhere(node: Node, geometry: Geometry | None) -> str | None:
     """What this attention is over, where that is not all tokens; None where it is."""
     if not _square(node):
-        return _from_to(node)
+        return f"looks from {node.shape[-2]} at {node.shape[-1]}"
     if geometry is None or geometry.layout.guessed or not geometry.layout.dims:
         return f"attends over {node.shape[-1]} things whose place in the picture could not be followed"
     dims = geometry.layout.dims
     space = along(dims[-2], *AXES)
+    if not space and any(along(dim, *AXES) for dim in dims[:-2]):
+        return "attends within each patch"
     if not space:
-        what = "channels" if along(dims[-2], "c") else "what has no place in the picture"
-        return f"attends between {what}"
+        return f"attends between {'channels' if along(dims[-2], 'c') else 'what has no place in the picture'}"
     if any(along(dim, *AXES) for dim in dims[:-2]):
         sides = "x".join(str(math.prod(a.size for a in space if a.axis == axis)) for axis in AXES)
         return f"attends within windows of {sides} tokens"
@@ -199,8 +209,17 @@ def _elsewhere(node: Node, geometry: Geometry | None) -> str | None:
     return None
 
 
-def _from_to(node: Node) -> str:
-    return f"looks from {node.shape[-2]} tokens at {node.shape[-1]} others ({name_of(node)!r})"
+def _leads(node: Node, behind: Node, readers: dict[int, list[Node]]) -> bool:
+    """Whether what `behind` makes depends on what `node` made."""
+    waiting, met = [node.index], {node.index}
+    while waiting:
+        for reader in readers.get(waiting.pop(), ()):
+            if reader.index == behind.index:
+                return True
+            if reader.index < behind.index and reader.index not in met:
+                met.add(reader.index)
+                waiting.append(reader.index)
+    return False
 
 
 def _mixes(node: Node) -> bool:

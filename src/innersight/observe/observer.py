@@ -306,6 +306,10 @@ def _run_under(mode: TorchFunctionMode, fn: Callable, args: tuple, kwargs: Mappi
         _pop_mode()
 
 
+def _run_attention_under(mode: TorchFunctionMode, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    return _run_under(mode, _ATTENTION_OPEN, args, kwargs)
+
+
 FUSED = "scaled_dot_product_attention"
 
 
@@ -490,7 +494,7 @@ class _Learner(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _ATTENTION:
-            return _run_under(self, _ATTENTION_OPEN, args, kwargs)
+            return _run_attention_under(self, args, kwargs)
         name = raw_name(func)
         if self.opened and name == FUSED:
             return self.attend(args, kwargs)
@@ -677,7 +681,8 @@ def learn(
     """Run `module(*inputs)` (or `call(module, *inputs)`) once and write down what it did.
 
     `check(node, value)` is called behind every operation. Some models go another way when gradients are recorded; with
-    `grad` they are. With `opened`, fused attention is run as `attend`, so that its weights are layers. The caller has put the model into the state it shall run in.
+    `grad` they are. With `opened`, fused attention is run as `attend`, so that its weights are layers. The caller has
+    put the model into the state it shall run in.
     """
     learner = _Learner(module)
     learner.check = check
@@ -771,7 +776,6 @@ class Runner(TorchFunctionMode):
         self.recording = recording
         self.calls = recording.calls
         self.length = len(self.calls)
-        self.opened = recording.opened
         self.position = 0
         wanted = [(recording.nodes[n], tap) for n, tap in taps.items()]
         self.taps = {node.position: (node, tap) for node, tap in wanted if node.slot is None}
@@ -797,8 +801,8 @@ class Runner(TorchFunctionMode):
         if self.ended is not None:
             raise self.ended
         if func is _ATTENTION:
-            return _run_under(self, _ATTENTION_OPEN, args, kwargs)
-        if self.opened and raw_name(func) == FUSED:
+            return _run_attention_under(self, args, kwargs)
+        if self.recording.opened and raw_name(func) == FUSED:
             return _run_under(self, attend, args, kwargs)
         position = self.position
         self.position = position + 1
