@@ -5,7 +5,7 @@ that takes: one over the pictures as they are for all methods together, then wha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from innersight import errors, layers, targets
 from innersight.layers import Layer, Layers
 from innersight.methods import Look, Method
+from innersight.observe.attention import TokenGrid, token_grid
 from innersight.observe.observer import Recording
 from innersight.observe.passes import INPUT, Pass, Request, free_memory
 from innersight.observe.replay import Replay
@@ -70,6 +71,7 @@ class Inquiry:
         self.goal = targets.resolve(target, len(x), targets.Classes(net.labels))
         self._texts: dict[int, str] = {}
         self._scores: list[torch.Tensor] = []
+        self._tokens: TokenGrid | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -88,10 +90,12 @@ class Inquiry:
         request = Request(
             read=[*_if("input.value" in reads, INPUT), *_if("layer.value" in reads, *at)],
             gradients=[*_if("input.gradient" in reads, INPUT), *_if("layer.gradient" in reads, *at)],
+            attention="gradient" if "attention.gradient" in reads else "last" if "attention.value" in reads else "",
         )
         answers = [Answer() for _ in questions]
         with self.engine.session():
             self.net._learn(self.x[:1])
+            self._tokens = self._token_grid(questions)
             start = 0
             for passed in self._clean(request):
                 assert passed.scores is not None
@@ -106,6 +110,14 @@ class Inquiry:
                 self._scores.append(passed.scores.float().cpu())
                 self.net._report(start, len(self.x))
         return answers
+
+    def _token_grid(self, questions: Sequence[Question]) -> TokenGrid | None:
+        """Where the tokens of the attention lie, if a question is about attention."""
+        about = [q.method.name for q in questions if "attention" in q.method.needs]
+        if not about:
+            return None
+        recording = self.engine.recording(self.x, opened=True)
+        return token_grid(recording, self.net._geometry_of(recording), about[0], self.net.name)
 
     def _clean(self, request: Request) -> Iterator[Pass]:
         start = 0
@@ -132,7 +144,7 @@ class Inquiry:
 
         count: of how many points these are a part
         """
-        request = Request(request.read, request.gradients, score)
+        request = replace(request, score=score)
         size = self.engine.chunk_size(x if count is None else x[:1].expand(count, *x.shape[1:]), request)
         for passed in self.engine.chunks(x, lambda part, _: self.engine.run(part, request), size):
             if passed.scores is None:  # no gradient was asked for, so nothing was differentiated
@@ -246,7 +258,8 @@ class _Answering(Look):
         here = slice(first, first + len(rows))  # where these images are in the pass
         assert passed.scores is not None
         values, gradients = _grids(question, question.method.reads, passed, here)
-        super().__init__(values, gradients, passed.scores[here].detach().float())
+        attention = [m.of(here) for m in passed.attention] if "attention" in question.method.needs else ()
+        super().__init__(values, gradients, passed.scores[here].detach().float(), attention, inquiry._tokens)
         self._inquiry = inquiry
         self._question = question
         self._answer = answer

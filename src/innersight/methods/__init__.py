@@ -36,7 +36,8 @@ class Look:
     values, gradients: what was read, under "input" and "layer": `(n, C, H, W)`, tokens and channels-last layers already
                        turned to that grid. Gradients are of the target's score
     scores:            (n,), the target's score
-    attention:         the attention matrices, in run order, where the method reads "attention.value"
+    attention:         the attention matrices, in run order, `observe.attention.AttentionMap` each, where it reads them
+    tokens:            where their tokens lie, an `observe.attention.TokenGrid`
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class Look:
         gradients: Mapping[str, torch.Tensor],
         scores: torch.Tensor,
         attention: Sequence[Any] = (),
+        tokens: Any = None,
     ):
         self.values = values
         self.gradients = gradients
         self.scores = scores
         self.attention = attention
+        self.tokens = tokens
 
     def value(self, of: str = "layer") -> torch.Tensor:
         return self.values[of]
