@@ -102,7 +102,7 @@ def _sentence(error: Exception) -> str:
 
 _FLAGS = {"output=": "--output-name ", "layers=": "--layer ", "trust=True": "--trust", "limit=None": "--limit 0"}
 _KEYWORD = re.compile(
-    r"(?<![\w.-])(?:trust=True|limit=None|(?:arch|weights|labels|layers?|input_shape|preprocess|output|device|target|channel|at)=)"
+    r"(?<![\w.-])(?:trust=True|limit=None|(?:arch|fuse|weights|labels|layers?|input_shape|preprocess|output|device|target|channel|at)=)"
 )
 
 
@@ -584,8 +584,11 @@ def _wrote(files: Iterable[Path]) -> None:
               help="Repeatable, or a comma list (`innersight methods`); several are drawn side by side. Default: "
               "gradient.")  # fmt: skip
 @click.option("--target", metavar="CLASS", help="A class, by name or number; default the one that is predicted.")
-@click.option("--against", metavar="CLASS", help="Explain why the target and not this class.")
-@click.option("--layer", metavar="NAME", help="For methods that look at one; default the last with a grid.")
+@click.option("--against", metavar="CLASS|similar", help="Explain why the target and not this class; 'similar': and "
+              "not the three classes whose scores are nearest (Finer-CAM).")  # fmt: skip
+@click.option("--layer", "layers", multiple=True, metavar="NAME", help="For methods that look at one: repeatable, or a "
+              "comma list; several are drawn side by side. Default: the last with a grid.")  # fmt: skip
+@click.option("--fuse", type=click.Choice(["mean", "max"]), help="Make one map of those of several layers.")
 @click.option("--option", "given", multiple=True, metavar="KEY=VALUE", help="An option of the method: relu=false.")
 @click.option("--seed", type=int, help="For methods that draw random numbers.")
 @click.option("--style", type=click.Choice(["heat", "spotlight", "map"]), default="heat", show_default=True,
@@ -593,8 +596,8 @@ def _wrote(files: Iterable[Path]) -> None:
 @click.option("--scale", type=click.Choice(["each", "shared"]), default="each", show_default=True,
               help="Every image on its own scale, or all of a method on one.")  # fmt: skip
 @click.option("--smooth", type=click.FloatRange(min=0), default=0, metavar="PIXELS", help="Blur, for the eye only.")
-@click.option("--boxes", "boxed", is_flag=True, help="Print and draw where the object is by its map: the box around the "
-              "largest part above 20% of the maximum (after --smooth).")  # fmt: skip
+@click.option("--boxes", "boxed", is_flag=True, help="Print and draw where the object is by its map: the box around "
+              "the largest part above 20% of the maximum (after --smooth).")  # fmt: skip
 @click.option(
     "--limit",
     type=click.IntRange(min=0),
@@ -607,12 +610,12 @@ def _wrote(files: Iterable[Path]) -> None:
 @_out_option("heat.png")
 @_on_model(images=True)
 def explain(model: Model, images: tuple[str, ...], methods: tuple[str, ...], target: str | None, against: str | None,
-            layer: str | None, given: tuple[str, ...], seed: int | None, outs: tuple[Path, ...], limit: int,
-            boxed: bool, as_json: bool, **drawing: Any) -> None:  # fmt: skip
+            layers: tuple[str, ...], fuse: str | None, given: tuple[str, ...], seed: int | None,
+            outs: tuple[Path, ...], limit: int, boxed: bool, as_json: bool, **drawing: Any) -> None:  # fmt: skip
     """What in each IMAGE drove the decision of MODEL.
 
     Draws it over the picture and prints what the network predicts, what was explained and its score. Several methods
-    make one picture to compare them, and a file of values each (heat_gradcam.npz).
+    or layers make one picture to compare them, and a file of values each (heat_gradcam.npz).
     """
     _check_outs(outs)
     _check_images(images)
@@ -622,9 +625,10 @@ def explain(model: Model, images: tuple[str, ...], methods: tuple[str, ...], tar
     with _doing(f"running {net.name}", net):
         inputs = net.read(list(images))
         predictions = _predictions(net, inputs)
-        found = net.explain(
-            inputs, method=[m.name for m in chosen], target=_target(target, against), layer=layer, **options
-        )
+        found = _side_by_side(net.explain(
+            inputs, method=[m.name for m in chosen], target=_target(target, against), layer=_one_or_more(layers),
+            fuse=fuse, **options,
+        ))  # fmt: skip
     drawing |= {"limit": limit or None, "boxes": int(boxed)}
     boxes = {name: s.boxes(smooth=drawing["smooth"], limit=_BOXES) for name, s in found.items()} if boxed else None
     files = [file for path in outs for file in _save_saliency(found, path, drawing)]
@@ -637,6 +641,20 @@ def explain(model: Model, images: tuple[str, ...], methods: tuple[str, ...], tar
         _print_boxes(found, boxes)
     _wrote(files)
     _notes(_explain_notes(found, outs, limit, drawing["page"]))
+
+
+def _one_or_more(layers: Sequence[str]) -> str | list[str] | None:
+    names = _split(layers)
+    return names if len(names) > 1 else names[0] if names else None
+
+
+def _side_by_side(found: Mapping[str, Any]) -> dict[str, Saliency]:
+    """The maps of several layers under a name each, "gradcam at layer4"."""
+    flat: dict[str, Saliency] = {}
+    for method, maps in found.items():
+        several = isinstance(maps, Mapping)
+        flat |= {f"{method} at {layer}": s for layer, s in maps.items()} if several else {method: maps}
+    return flat
 
 
 def _methods(names: Sequence[str]) -> list[Method]:
@@ -696,9 +714,9 @@ def _shown(value: Any) -> str:
 def _target(target: str | None, against: str | None) -> Any:
     if against is None:
         return target
-    from innersight.targets import difference
+    from innersight.targets import difference, finer
 
-    return difference(target, against)
+    return finer(target) if against == "similar" else difference(target, against)
 
 
 def _predictions(net: Network, images: Inputs) -> Predictions | None:
@@ -718,10 +736,18 @@ def _save_saliency(found: Mapping[str, Saliency], path: Path, drawing: Mapping[s
         if len(found) == 1 or _stored(path):
             files = []
             for name, saliency in found.items():
-                place = path if len(found) == 1 else path.with_stem(f"{path.stem}_{name}")
+                place = path if len(found) == 1 else path.with_stem(f"{path.stem}_{_in_a_file_name(name)}")
                 files += saliency.save(place, **({} if _stored(path) else drawing))
             return files
         return [storage.write_figures(path, [results.plot_comparison(found, **drawing)])]
+
+
+def _in_a_file_name(name: str) -> str:
+    """
+    >>> _in_a_file_name("gradcam at model/conv_1")
+    'gradcam_at_model_conv_1'
+    """
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _print_explained(found: Mapping[str, Saliency], predictions: Predictions | None) -> None:
@@ -833,7 +859,7 @@ def _at(text: str) -> Any:
 def _print_maximized(found: Maximization) -> None:
     from innersight.draw.color import number
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for i, unit in enumerate(found.units):
         said = {name: values[i] for name, values in found.verdict.items()}
         if said["dead"]:

@@ -6,6 +6,7 @@ Wherever a target is asked for, these are taken:
 - 3, "tench"             a class, by index or name
 - [3, "tench", None]     one target for each image
 - difference(a, b)       why a and not b
+- finer(of)              why this class and not the ones most like it
 - probability(of)        the probability of a class rather than its logit
 - mask(where, of)        a region of a segmentation
 - box(where, of)         a detected object
@@ -48,10 +49,13 @@ class Target:
     score(raw, main, part): one number for each row of the output `(n,)`, from the whole output of the model and from
     its main tensor; `part` says which image of the request each row is. Differentiable.
     texts(main, part): what is explained, in words, one for each row.
+    holds(raw, main, part): whether the output decides for it (its class is the predicted one, a is above b), `(n,)`, or
+    None where it is no decision.
     """
 
     score: Score
     texts: Callable[[torch.Tensor, Sequence[int]], list[str]]
+    holds: Callable[[Any, torch.Tensor, Sequence[int]], torch.Tensor | None] = lambda _raw, _main, _part: None
 
 
 @dataclass(frozen=True)
@@ -223,17 +227,22 @@ def resolve(target: Any, count: int, classes: Classes) -> Target:
         return target
     if callable(target) and not isinstance(target, (str, int)):
         return _function(target)
+    return _class(_each(target, count), classes)
+
+
+def _each(target: Any, count: int) -> list[Any]:
+    """A class for each image, from one for all or a list."""
     if isinstance(target, (list, np.ndarray, torch.Tensor)):
         items = target.tolist() if hasattr(target, "tolist") else list(target)
         items = items if isinstance(items, list) else [items] * count
         if len(items) != count:
             raise errors.InputError(f"{len(items)} targets were given for {count} images; give one, or one for each")
-        return _class(items, classes)
+        return items
     if isinstance(target, tuple):
         raise errors.InputError(
             "a tuple is no target: difference(a, b) explains why a and not b, a list gives one target an image"
         )
-    return _class([target] * count, classes)
+    return [target] * count
 
 
 @dataclass(frozen=True)
@@ -255,6 +264,19 @@ def _settled(known: dict[int, int], main: torch.Tensor, part: Sequence[int], pic
 
 
 def _class(items: Sequence[Any], classes: Classes) -> Target:
+    indices = _indices(items, classes)
+
+    def score(_raw: Any, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
+        return class_scores(main).gather(1, indices(main, part)[:, None])[:, 0]
+
+    def texts(main: torch.Tensor, part: Sequence[int]) -> list[str]:
+        return [classes.name(int(i)) for i in indices(main, part)]
+
+    return Target(score, texts, lambda _raw, main, part: winner(main) == indices(main, part))
+
+
+def _indices(items: Sequence[Any], classes: Classes) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
+    """(main, part) -> the class of each row."""
     known: dict[int, int] = {}
 
     def indices(main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
@@ -266,13 +288,7 @@ def _class(items: Sequence[Any], classes: Classes) -> Target:
 
         return _settled(known, main, part, pick)
 
-    def score(_raw: Any, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
-        return class_scores(main).gather(1, indices(main, part)[:, None])[:, 0]
-
-    def texts(main: torch.Tensor, part: Sequence[int]) -> list[str]:
-        return [classes.name(int(i)) for i in indices(main, part)]
-
-    return Target(score, texts)
+    return indices
 
 
 def difference(a: Any, b: Any) -> _Deferred:
@@ -288,7 +304,57 @@ def difference(a: Any, b: Any) -> _Deferred:
             lambda main, part: [
                 f"{x} and not {y}" for x, y in zip(first.texts(main, part), second.texts(main, part), strict=True)
             ],
+            lambda raw, main, part: first.score(raw, main, part) > second.score(raw, main, part),
         )
+
+    return _Deferred(build)
+
+
+def finer(of: Any = None, alpha: float = 0.6, similar: int = 3) -> _Deferred:
+    """Why this class and not the ones most like it: its score minus `alpha` times the mean score of `similar` others.
+
+    A target like any other, so every method gives its finer map: what is shared with the look-alikes drops out, what
+    sets the class apart stays. Zhang et al., Finer-CAM, CVPR 2025 (arXiv:2501.11309).
+
+    of:      a class, or a list with one for each image; None for the predicted
+    alpha:   how strongly the others count against it; 0 is the class alone
+    similar: how many others: those whose scores on the picture as it is are nearest to the class's own, as the authors'
+             code picks them (likeness in the classifier's weights cannot be asked of every network); settled by the
+             first pass over an image
+
+    Others count alike, as in the paper; pytorch-grad-cam weighs them with their probabilities.
+    """
+    if not isinstance(similar, int) or similar < 1:
+        raise errors.InputError(f"similar= is how many classes to compare with, 1 or more, not {similar!r}")
+
+    def build(count: int, classes: Classes) -> Target:
+        index = _indices(_each(of, count), classes)
+        known: dict[int, list[int]] = {}
+
+        def others(main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
+            """(n, similar)"""
+            if any(k not in known for k in part):
+                scores, own = class_scores(main).detach(), index(main, part)[:, None]
+                if scores.shape[1] < 2:
+                    raise errors.Unsupported("finer compares with other classes, and this network has one output alone")
+                apart = (scores - scores.gather(1, own)).abs().scatter(1, own, float("inf"))
+                near = apart.argsort(1, stable=True)[:, : min(similar, scores.shape[1] - 1)]
+                for k, row in zip(part, near.tolist(), strict=True):
+                    known.setdefault(k, row)
+            return torch.tensor([known[k] for k in part], device=main.device)
+
+        def score(_raw: Any, main: torch.Tensor, part: Sequence[int]) -> torch.Tensor:
+            scores = class_scores(main)
+            own = scores.gather(1, index(main, part)[:, None])[:, 0]
+            return own - alpha * scores.gather(1, others(main, part)).mean(1)
+
+        def texts(main: torch.Tensor, part: Sequence[int]) -> list[str]:
+            return [
+                f"{classes.name(int(i))} and not {', '.join(map(classes.name, near))}"
+                for i, near in zip(index(main, part), others(main, part).tolist(), strict=True)
+            ]
+
+        return Target(score, texts, lambda _raw, main, part: winner(main) == index(main, part))
 
     return _Deferred(build)
 
@@ -301,6 +367,7 @@ def probability(of: Any = None) -> _Deferred:
         return Target(
             lambda raw, main, part: inner.score(raw, probabilities(class_scores(main)), part),
             lambda main, part: [f"probability of {t}" for t in inner.texts(main, part)],
+            inner.holds,
         )
 
     return _Deferred(build)
