@@ -19,7 +19,7 @@ ALLOWED = {
     "observe": {"observe"},
     "preprocess": set(),
     "images": {"preprocess"},
-    "methods": {"methods"},
+    "methods": {"methods", "observe"},  # of the engine, its tables of backward rules
     "targets": {"observe"},
     "draw": {"draw"},
     "storage": {"draw"},

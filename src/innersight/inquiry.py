@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -161,6 +162,11 @@ class Inquiry:
 
         return score
 
+    def holds(self, output: Any, images: Sequence[int]) -> torch.Tensor | None:
+        """(n,): whether each row of the output, a version of that image, decides for what is explained."""
+        with torch.no_grad():
+            return self.goal.holds(output, self.net._main(output), images)
+
     def without_channels(self, image: int, layer: Layer) -> tuple[float, torch.Tensor, bool]:
         """The image's score, its scores (C,) with each channel of the layer at zero, whether only a part was run."""
         axis = layer.channel_axis
@@ -259,7 +265,14 @@ class _Answering(Look):
         assert passed.scores is not None
         values, gradients = _grids(question, question.method.reads, passed, here)
         attention = [m.of(here) for m in passed.attention] if "attention" in question.method.needs else ()
-        super().__init__(values, gradients, passed.scores[here].detach().float(), attention, inquiry._tokens)
+        images = [rows.start - first + i for i in range(len(passed.scores))]
+
+        def holds() -> torch.Tensor | None:
+            decided = inquiry.holds(passed.output, images)
+            return None if decided is None else decided[here]
+
+        scores = passed.scores[here].detach().float()
+        super().__init__(values, gradients, scores, attention, inquiry._tokens, holds)
         self._inquiry = inquiry
         self._question = question
         self._answer = answer
@@ -288,7 +301,8 @@ class _Answering(Look):
                 part = range(done.stop, part.stop)
                 values, gradients = _grids(self._question, ("input.value", *reads), passed, slice(None))
                 inquiry.net._report(done.stop, count, "points")
-                yield done, Look(values, gradients, passed.scores.detach().float())
+                holds = partial(inquiry.holds, passed.output, [image] * len(done))
+                yield done, Look(values, gradients, passed.scores.detach().float(), holds=holds)
 
     def patched(self, boxes: Sequence[tuple[int, int, int, int]], fill: torch.Tensor) -> Iterator[tuple[range, Any]]:
         (image,) = self._rows
@@ -304,19 +318,26 @@ class _Answering(Look):
         for part, seen in self.visit(len(boxes), covered):
             yield part, seen.scores
 
-    def under(self, rules: Any, baseline: torch.Tensor | None = None) -> Any:
+    def under(self, rules: Any, baseline: torch.Tensor | None = None, keep: Callable[..., Any] | None = None) -> Any:
         from innersight.observe import rules as backward_rules
 
-        key = (rules, self._rows, None if baseline is None else id(baseline))
-        if key not in self._shared:
-            inquiry, rows = self._inquiry, self._rows
+        inquiry, rows = self._inquiry, self._rows
+        key = (rules, rows, None if baseline is None else id(baseline))
+        if key not in self._shared or keep is not None:
+            table = inquiry.net._layers_for(inquiry.x)
 
             def score(output: Any) -> torch.Tensor:
                 main = inquiry.net._main(output)
                 return inquiry.goal.score(output, main, [min(i, rows.stop - 1) for i in rows])
 
+            def on_grid(node: Any, taken: torch.Tensor) -> Any:
+                layer = table.get(node.name)  # attention, opened, holds more than is listed
+                return keep(layer, layer.to_grid(taken)) if keep and layer and layer.spatial else None
+
             x = inquiry.x[rows.start : rows.stop]
-            self._shared[key] = backward_rules.run(inquiry.engine, x, rules, score, baseline)
+            self._shared[key] = backward_rules.run(
+                inquiry.engine, x, rules, score, baseline, keep=None if keep is None else on_grid
+            )
         for sentence in self._shared[key].notes:
             self.note(sentence)
         return self._shared[key]

@@ -142,6 +142,10 @@ class Layers(Mapping[str, Layer]):
             self._made[node.index] = self._make(node)
         return self._made[node.index]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """The layer of that name, or the default."""
+        return self[name] if name in self else default  # noqa: SIM401  (UnknownName is no KeyError)
+
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and (name in self._recording.by_name or name in self._recording.aliases)
 

@@ -23,7 +23,8 @@ from innersight import errors
 if TYPE_CHECKING:
     import torch
 
-_MODULES = ("gradient", "path", "cam", "relevance", "attention", "perturbation")  # a new family: one file, its name
+# A new family: one file, and its name here.
+_MODULES = ("gradient", "path", "cam", "relevance", "decomposition", "attention", "perturbation")
 READS = (
     "input.value", "input.gradient", "layer.value", "layer.gradient", "attention.value", "attention.gradient",
 )  # fmt: skip
@@ -47,12 +48,22 @@ class Look:
         scores: torch.Tensor,
         attention: Sequence[Any] = (),
         tokens: Any = None,
+        holds: Callable[[], torch.Tensor | None] = lambda: None,
     ):
         self.values = values
         self.gradients = gradients
         self.scores = scores
         self.attention = attention
         self.tokens = tokens
+        self._holds = holds
+
+    @property
+    def holds(self) -> torch.Tensor | None:
+        """(n,) bool: whether the network decides for the target (its class is the predicted one, a is above b).
+
+        None where the target is no decision: a box, an embedding, the only output there is.
+        """
+        return self._holds()
 
     def value(self, of: str = "layer") -> torch.Tensor:
         return self.values[of]
@@ -71,10 +82,12 @@ class Look:
         """
         raise NotImplementedError
 
-    def under(self, rules: Any, baseline: torch.Tensor | None = None) -> Any:
+    def under(self, rules: Any, baseline: torch.Tensor | None = None, keep: Callable[..., Any] | None = None) -> Any:
         """The pass under backward rules: an `observe.rules.Ruled`. The same rules are run once a request.
 
         baseline: `(n, C, H, W)`, for rules that compare with one
+        keep:     called with each layer that has a grid and what of the score it takes itself, `(k, C, h, w)`; what it
+                  returns is in `Ruled.kept`
         """
         raise NotImplementedError
 

@@ -66,6 +66,7 @@ class Ruled:
     met:        how often each rule was applied
     notes:      what the user has to know
     baseline_scores: (n,) with a baseline
+    kept:       what `keep` returned: a list for all images, or one for each where they had to be run alone
     """
 
     rules: Rules
@@ -80,17 +81,23 @@ class Ruled:
     met: dict[str, int]
     notes: tuple[str, ...]
     baseline_scores: torch.Tensor | None = None
+    kept: list[list[Any]] = field(default_factory=list)
 
 
+Keep = Callable[[Node, torch.Tensor], Any]
 SHARES = ("bias", "constant", "epsilon", "softmax", "other")
 
 
 class _Books:
     """For each image, what of the relevance ended where."""
 
-    def __init__(self, n: int, dims: Mapping[tuple[int, int], int | None], device: torch.device):
+    def __init__(
+        self, n: int, dims: Mapping[tuple[int, int], int | None], device: torch.device, keep: Keep | None = None
+    ):
         self.n = n
         self.dims = dims
+        self.keep = keep
+        self.kept: list[Any] = []
         self.shares = {share: torch.zeros(n, dtype=_wide(device), device=device) for share in SHARES}
 
     def each(self, value: torch.Tensor, multiplier: torch.Tensor, ref: Ref) -> torch.Tensor:
@@ -105,6 +112,15 @@ class _Books:
 
     def add(self, share: str, value: torch.Tensor, multiplier: torch.Tensor, ref: Ref) -> None:
         self.shares[share] += self.each(value, multiplier, ref)
+
+    def own(self, node: Node, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], lost: Sequence[tuple]) -> None:
+        """Hand on, value by value, what an operation itself takes of the score: that of `parts` less that of `lost`."""
+        if self.keep is None or any(value.shape != parts[0][1].shape for value, _ in lost):
+            return
+        taken = sum((value.detach() * g for value, g in parts), torch.zeros_like(parts[0][1]))
+        reduced = self.keep(node, taken - sum(value.detach() * g for value, g in lost))
+        if reduced is not None:
+            self.kept.append(reduced)
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -150,12 +166,15 @@ class _Step(_Saved):
             here = Ref(op.node.index)
             for share, value in terms.items():
                 self.books.add(share, value, multiplier, here)
+            passed = [(v, g, ref) for v, g, ref in zip(leaves, found, op.refs, strict=False) if g is not None]
             if self.rule.measured:
                 lost = self.books.each(through, multiplier, here)
-                for value, g, ref in zip(leaves, found, op.refs, strict=False):
-                    if g is not None:
-                        lost = lost - self.books.each(value, g, ref)
+                for value, g, ref in passed:
+                    lost = lost - self.books.each(value, g, ref)
                 self.books.shares[self.rule.measured] += lost
+                self.books.own(op.node, [(through, multiplier)], [(value, g) for value, g, _ in passed])
+            elif terms:
+                self.books.own(op.node, [(value, multiplier) for value in terms.values()], [])
         self.values, op.inputs, op.baseline, op.side = [], [], None, None
         op.multiplier = torch.empty(0)
         return found
@@ -376,6 +395,7 @@ class _Ruling(Runner):
     def passed(self, rule: Surrogate, op: Op, y: torch.Tensor) -> torch.Tensor:
         if any(observer.storage_key(y) == observer.storage_key(i) for i in op.inputs):
             y = y.clone()
+        y = y.data  # what einsum returns is a view, and a view may not be given another graph
         if self.remembered is not None:
             kept = self.remembered[op.node.position].values
             op.baseline = [kept[slot] for slot in op.slots]
@@ -529,12 +549,15 @@ def run(
     score: Callable[[Any], torch.Tensor],
     baseline: torch.Tensor | None = None,
     layers: Sequence[str] = (),
+    keep: Keep | None = None,
 ) -> Ruled:
     """The score of each image, led back by the rules. Call it inside `engine.session()`.
 
     score:    the output -> (n,)
     baseline: (n or 1, C, H, W), for rules that compare with one
     layers:   where besides the input value and multiplier are wanted
+    keep:     called with a node and what of the score it takes itself (a bias times its multiplier), in the shape of
+              its output; what it returns is kept. For rules with books
 
     Raises Unsupported where the network does what the rules, or this way of applying them, cannot follow.
     """
@@ -547,7 +570,7 @@ def run(
             _refuse_opaque(recording, rules)
             chosen, why = rules.choose(recording)
             try:
-                return _run(engine, recording, x, chosen, score, baseline, layers, why)
+                return _run(engine, recording, x, chosen, score, baseline, layers, why, keep)
             except observer.Diverged:
                 continue
     except RuntimeError as error:
@@ -588,6 +611,7 @@ def _run(
     baseline: torch.Tensor | None,
     layers: Sequence[str],
     why: str,
+    keep: Keep | None,
 ) -> Ruled:
     plan = _plan(recording, rules)
     nodes = {name: recording.find(name) for name in layers}
@@ -601,25 +625,25 @@ def _run(
     together = engine.fixed_batch in (None, len(x)) and (dims is not None or len(x) == 1)
     try:
         if together:
-            return _back([_forth(engine, recording, x, rules, plan, nodes, dims or {}, baseline)],
+            return _back([_forth(engine, recording, x, rules, plan, nodes, dims or {}, baseline, keep)],
                          x, rules, score, baseline, nodes, why)  # fmt: skip
     except _OneByOne:
         pass
     parts = []
     for i in range(len(x)):
         other = None if baseline is None else baseline[i : i + 1]
-        parts.append(_forth(engine, recording, x[i : i + 1], rules, plan, nodes, {}, other))
+        parts.append(_forth(engine, recording, x[i : i + 1], rules, plan, nodes, {}, other, keep))
     return _back(parts, x, rules, score, baseline, nodes, why)
 
 
 def _forth(engine: Engine, recording: Recording, x: torch.Tensor, rules: Rules, plan: _Plan, nodes: Mapping[str, Node],
-           dims: Mapping, baseline: torch.Tensor | None) -> _Part:  # fmt: skip
+           dims: Mapping, baseline: torch.Tensor | None, keep: Keep | None) -> _Part:  # fmt: skip
     n, remembered, base = len(x), None, None
     if baseline is not None:
         base, remembered = _remember(engine, recording, baseline, rules)
         base = _real_of(base, n)
     whole = engine._filled(x)[0]
-    books = _Books(n, dims, x.device) if rules.books else None
+    books = _Books(n, dims, x.device, keep) if rules.books else None
     guard.seed(engine.module)
     with torch.enable_grad():
         leaf = whole.detach().requires_grad_()
@@ -732,17 +756,22 @@ def _led_back(parts: list[_Part], x: torch.Tensor, rules: Rules, score: Callable
     n, runner = len(x), parts[0].runner
     with torch.enable_grad():
         output = parts[0].output if len(parts) == 1 else joined([p.output for p in parts])
-        scores = score(output)
+        # The score of copies: what an output gives to others behind it is no part of what it is itself asked for.
+        ends = [t for t in observer.tensors_in(output) if t.is_floating_point() and t.requires_grad]
+        copies = {id(t): t.detach().requires_grad_() for t in ends}
+        scores = score(observer.map_tensors(output, lambda t: copies.get(id(t), t)))
     if not scores.requires_grad:
         stopped = f": what {runner.stopped} returns counts as a constant under them" if runner.stopped else ""
         raise errors.Unsupported(f"the score does not depend on the picture in a way {rules.name} can follow{stopped}")
     for name, node in nodes.items():
         if any(node.index not in p.runner.edges for p in parts):
             raise errors.Unsupported(f"no relevance passes layer {name!r}: its value is a constant under {rules.name}")
-    ends = [t for t in observer.tensors_in(output) if t.is_floating_point() and t.requires_grad]
+    wanted = torch.autograd.grad(scores.sum(), list(copies.values()), allow_unused=True)
+    ends = [t for t, g in zip(ends, wanted, strict=True) if g is not None]
+    asked = [g for g in wanted if g is not None]
     at = [p.leaf for p in parts] + [p.grain for p in parts if p.grain is not None]
     at += [p.runner.edges[node.index] for node in nodes.values() for p in parts]
-    found = list(torch.autograd.grad(scores.sum(), [*at, *ends], allow_unused=True))
+    found = list(torch.autograd.grad(ends, at, asked, allow_unused=True))
 
     size = n if len(parts) == 1 else 1
     multiplier = torch.cat([_or_zeros(found.pop(0), p.leaf)[:size] for p in parts])
@@ -766,7 +795,7 @@ def _led_back(parts: list[_Part], x: torch.Tensor, rules: Rules, score: Callable
     wide = _wide(x.device)
     shares["input"] = relevance.flatten(1).sum(1, dtype=wide)
     if rules.books:
-        start = sum(_each(t.detach() * g, n, wide) for t, g in zip(ends, found, strict=True) if g is not None)
+        start = sum(_each(t.detach() * g, n, wide) for t, g in zip(ends, asked, strict=True))
         for share in SHARES:
             shares[share] = torch.cat([p.books.shares[share] for p in parts if p.books is not None])
         shares["other"] = shares["other"] + (total.to(wide) - start)  # of a target that is no sum of outputs
@@ -777,6 +806,7 @@ def _led_back(parts: list[_Part], x: torch.Tensor, rules: Rules, score: Callable
     return Ruled(
         rules, observer.map_tensors(output, torch.Tensor.detach), scores, multiplier, side, relevance, shares, closure,
         read, dict(sum((p.runner.met for p in parts), Counter())), _notes(parts, rules, why), base_scores,
+        [p.books.kept for p in parts if p.books is not None],
     )  # fmt: skip
 
 
