@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 SIDE = 224
+STAGES = {"resnet": "layer4", "vgg": "features.29", "mobilenet_v3_large": "features.16"}  # of the class activation maps
 
 
 class NotOffered(Exception):
@@ -110,7 +111,8 @@ def subject(name: str, batch: int, calibrated: bool = True) -> Subject:
         return Subject(name, model, x, blocks, f"{blocks[-1]}.ln_1", _first_block, tokens=True)
     convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     ordered = _in_run_order(model, convolutions, x[:1])
-    return Subject(name, model, x, ordered, "layer4", lambda m, x: m.conv1(x))
+    stage = next(layer for family, layer in STAGES.items() if name.startswith(family))
+    return Subject(name, model, x, ordered, stage, lambda m, x: m.get_submodule(ordered[0])(x))
 
 
 def _first_block(model: Any, x: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import explaining  # noqa: F401  (adds its jobs to JOBS)
 import numpy as np
 import torch
 from peers import JOBS, Candidate, Job, NotOffered, Run, Subject, arrays, subject
@@ -32,12 +33,18 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-MODELS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "vit_b_16": "ViT-B/16"}
+MODELS = {
+    "resnet18": "ResNet-18",
+    "resnet50": "ResNet-50",
+    "vgg16": "VGG-16",
+    "mobilenet_v3_large": "MobileNetV3",
+    "vit_b_16": "ViT-B/16",
+}
 THREADS = 2
 TOLERANCE = 1e-5  # of the largest value
 # Batches say something where arithmetic outweighs calls; ViT's would take longer than they tell.
 BATCHED = [("resnet18", "maps"), ("resnet18", "gradient"), ("resnet50", "gradient"), ("resnet50", "gradcam")]
-PACKAGES = ["torch", "torchvision", "captum", "grad-cam", "torchlens"]
+PACKAGES = ["torch", "torchvision", "captum", "grad-cam", "torchlens", "zennit"]
 
 
 @dataclass
@@ -97,9 +104,8 @@ def prepare(job: Job, s: Subject) -> tuple[list[Row], list[Run | None]]:
         runs.append(run)
         found.append(values)
     reference = found[job.reference]
-    assert reference is not None
     for row, run, values in zip(rows, runs, found, strict=True):
-        if values is not None and run is not None:
+        if values is not None and run is not None and reference is not None:
             row.error = difference(values, stretched(reference) if run.scaled else reference)
     return rows, runs
 

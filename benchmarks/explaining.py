@@ -1,0 +1,337 @@
+"""More jobs: explanations that run the network many times, or under rules of their own. See peers.py for what a job is.
+
+Each is heavy, so these are the settings of which a round takes seconds, not hours; ratios to the unit are those of
+longer ones, since every candidate's time is a multiple of the points it visits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peers import JOBS, Job, NotOffered, Run, Subject
+
+STEPS, SAMPLES, MASKS, CHUNK = 50, 25, 128, 16
+
+IG = Job(
+    "integrated_gradients", f"Integrated gradients, {STEPS} steps",
+    f"Unit: {STEPS} forwards and backwards to the input, by hand, frozen parameters, {CHUNK} at a time.", reference=0,
+)  # fmt: skip
+SMOOTH = Job(
+    "smoothgrad", f"SmoothGrad, {SAMPLES} samples",
+    f"Unit: {SAMPLES} forwards and backwards to the input, by hand, frozen parameters, {CHUNK} at a time. Everybody "
+    "draws noise of their own, so values are not compared.", reference=0,
+)  # fmt: skip
+OCCLUSION = Job(
+    "occlusion", "Occlusion, window 32, stride 16",
+    "Unit: Captum at the best of its batch sizes that were tried (1, 8, 16, 32: 16).", reference=0,
+)  # fmt: skip
+ABLATION = Job("ablationcam", "Ablation-CAM at the last stage", "Unit: a bare forward of one image.", reference=1)
+SCORE = Job(
+    "scorecam", "Score-CAM at the last stage",
+    f"Unit: a bare forward for each channel, {CHUNK} at a time.", reference=1,
+)  # fmt: skip
+RISE = Job(
+    "rise", f"RISE, {MASKS} masks",
+    f"Unit: as many bare forwards, {CHUNK} at a time. Everybody draws masks of their own.", reference=0,
+)  # fmt: skip
+LRP = Job(
+    "lrp", "LRP, composite epsilon-plus-flat",
+    "Unit: a forward and a backward to the input, frozen parameters. Zennit's and ours agree in the tests, where "
+    "epsilon is set to the same.", reference=0,
+)  # fmt: skip
+DEEPLIFT = Job(
+    "deeplift", "DeepLIFT against zero", "Unit: a forward and a backward to the input, frozen parameters.", reference=0
+)
+for _job in (IG, SMOOTH, OCCLUSION, ABLATION, SCORE, RISE, LRP, DEEPLIFT):
+    JOBS[_job.key] = _job
+
+
+def _gradients(model: torch.nn.Module, points: torch.Tensor, target: int) -> torch.Tensor:
+    """The sum of the input gradients at many points, some at a time."""
+    total = torch.zeros_like(points[:1])
+    for part in points.split(CHUNK):
+        part = part.clone().requires_grad_()
+        total += torch.autograd.grad(model(part)[:, target].sum(), part)[0].sum(0, keepdim=True)
+    return total
+
+
+def _one(s: Subject) -> torch.Tensor:
+    if len(s.x) > 1:
+        raise NotOffered("run with batch 1 only, for its length")
+    return s.x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many gradients
+
+
+@IG.by("torch", "by hand: Gauss-Legendre points, frozen parameters")
+def ig_by_hand(s: Subject) -> Run:
+    import numpy as np
+
+    model, x = s.twin(), _one(s)
+    places, weights = np.polynomial.legendre.leggauss(STEPS)
+    at = torch.tensor((places + 1) / 2, dtype=x.dtype)[:, None, None, None]
+    share = torch.tensor(weights / 2, dtype=x.dtype)[:, None, None, None]
+
+    def call() -> torch.Tensor:
+        total = torch.zeros_like(x)
+        for a, w in zip(at.split(CHUNK), share.split(CHUNK), strict=True):
+            part = (a * x).requires_grad_()
+            g = torch.autograd.grad(model(part)[:, s.target].sum(), part)[0]
+            total += (w * g).sum(0, keepdim=True)
+        return total * x
+
+    return Run(call)
+
+
+@IG.by("innersight", f'`net.explain(x, "integrated_gradients", steps={STEPS})`')
+def ig_fixed(s: Subject) -> Run:
+    return Run(lambda: s.net.explain(_one(s), "integrated_gradients", target=s.target, steps=STEPS))
+
+
+@IG.by("innersight", '`net.explain(x, "integrated_gradients")`: until complete to 1%')
+def ig_adaptive(s: Subject) -> Run:
+    return Run(lambda: s.net.explain(_one(s), "integrated_gradients", target=s.target))
+
+
+def _captum_ig(s: Subject, batch: int | None) -> Run:
+    from captum.attr import IntegratedGradients
+
+    attribution, x = IntegratedGradients(s.twin()), _one(s)
+    return Run(lambda: attribution.attribute(x, target=s.target, n_steps=STEPS, internal_batch_size=batch).detach())
+
+
+@IG.by("Captum", f"`IntegratedGradients`, internal_batch_size={CHUNK}, frozen parameters")
+def captum_ig_chunked(s: Subject) -> Run:
+    return _captum_ig(s, CHUNK)
+
+
+@IG.by("Captum", "`IntegratedGradients` as its README shows it, frozen parameters")
+def captum_ig(s: Subject) -> Run:
+    return _captum_ig(s, None)
+
+
+@SMOOTH.by("torch", "by hand, frozen parameters")
+def smooth_by_hand(s: Subject) -> Run:
+    model, x = s.twin(), _one(s)
+    return Run(lambda: _gradients(model, x + 0.15 * torch.randn(SAMPLES, *x.shape[1:]), s.target))
+
+
+@SMOOTH.by("innersight", f'`net.explain(x, "smoothgrad", samples={SAMPLES})`')
+def smooth(s: Subject) -> Run:
+    return Run(lambda: s.net.explain(_one(s), "smoothgrad", target=s.target, samples=SAMPLES))
+
+
+@SMOOTH.by("innersight", '`net.explain(x, ["smoothgrad", "squaregrad", "vargrad"])`')
+def smooth_three(s: Subject) -> Run:
+    names = ["smoothgrad", "squaregrad", "vargrad"]
+    return Run(lambda: s.net.explain(_one(s), names, target=s.target, samples=SAMPLES))
+
+
+@SMOOTH.by("Captum", f"`NoiseTunnel(Saliency)`, nt_samples_batch_size={CHUNK}, frozen parameters")
+def captum_smooth(s: Subject) -> Run:
+    from captum.attr import NoiseTunnel, Saliency
+
+    attribution, x = NoiseTunnel(Saliency(s.twin())), _one(s)
+
+    def call() -> torch.Tensor:
+        return attribution.attribute(
+            x.clone().requires_grad_(), nt_type="smoothgrad", nt_samples=SAMPLES, nt_samples_batch_size=CHUNK,
+            stdevs=0.15, target=s.target, abs=False,
+        ).detach()  # fmt: skip
+
+    return Run(call)
+
+
+@SMOOTH.by("Zennit", "`SmoothGrad`, frozen parameters")
+def zennit_smooth(s: Subject) -> Run:
+    from zennit.attribution import SmoothGrad
+
+    attribution, x = SmoothGrad(s.twin(), noise_level=0.15, n_iter=SAMPLES), _one(s)
+    return Run(lambda: attribution(x.clone(), _picked(s))[1].detach())
+
+
+def _picked(s: Subject) -> Any:
+    def pick(output: torch.Tensor) -> torch.Tensor:
+        chosen = torch.zeros_like(output)
+        chosen[:, s.target] = 1
+        return chosen
+
+    return pick
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Perturbation
+
+
+def _captum_occlusion(s: Subject, batch: int) -> Run:
+    from captum.attr import Occlusion
+
+    attribution, x = Occlusion(s.twin()), _one(s)
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        return attribution.attribute(
+            x, target=s.target, sliding_window_shapes=(3, 32, 32), strides=(3, 16, 16), perturbations_per_eval=batch
+        )
+
+    return Run(call)
+
+
+@OCCLUSION.by("Captum", f"`Occlusion`, perturbations_per_eval={CHUNK}")
+def captum_occlusion(s: Subject) -> Run:
+    return _captum_occlusion(s, CHUNK)
+
+
+@OCCLUSION.by("Captum", "`Occlusion` as its README shows it, one at a time")
+def captum_occlusion_plain(s: Subject) -> Run:
+    return _captum_occlusion(s, 1)
+
+
+@OCCLUSION.by("innersight", '`net.explain(x, "occlusion", window=32, stride=16)`')
+def occlusion(s: Subject) -> Run:
+    return Run(lambda: s.net.explain(_one(s), "occlusion", target=s.target, window=32, stride=16))
+
+
+def _channels(s: Subject) -> int:
+    return s.net.layers[s.stage].grid[0]
+
+
+@ABLATION.by("torch", "bare forward, `no_grad`")
+def ablation_unit(s: Subject) -> Run:
+    x = _one(s)
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        return s.model(x)
+
+    return Run(call)
+
+
+@ABLATION.by("innersight", '`net.explain(x, "ablationcam")`')
+def ablation(s: Subject) -> Run:
+    return Run(lambda: s.net.explain(_one(s), "ablationcam", target=s.target, layer=s.stage))
+
+
+@SCORE.by("torch", "bare forwards, `no_grad`")
+def score_unit(s: Subject) -> Run:
+    x, count = _one(s), _channels(s)
+
+    @torch.no_grad()
+    def call() -> None:
+        for start in range(0, count, CHUNK):
+            s.model(x.expand(min(CHUNK, count - start), *x.shape[1:]))
+
+    return Run(call)
+
+
+@SCORE.by("innersight", '`net.explain(x, "scorecam")`')
+def score(s: Subject) -> Run:
+    return Run(lambda: s.net.explain(_one(s), "scorecam", target=s.target, layer=s.stage))
+
+
+def _grad_cam(s: Subject, name: str) -> Run:
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    model, x = s.twin(), _one(s)
+    cam = getattr(pytorch_grad_cam, name)(
+        model, [model.get_submodule(s.stage)], reshape_transform=s.grid if s.tokens else None
+    )
+    cam.batch_size = CHUNK
+    wanted = [ClassifierOutputTarget(s.target)]
+
+    @torch.no_grad()
+    def call() -> Any:
+        return cam(x, wanted)
+
+    return Run(call)
+
+
+@ABLATION.by("pytorch-grad-cam", f"`AblationCAM`, batch_size={CHUNK}, frozen parameters, `no_grad`")
+def ablation_peer(s: Subject) -> Run:
+    if s.tokens:
+        raise NotOffered("its layer for ablation takes the dimension behind the batch for channels")
+    return _grad_cam(s, "AblationCAM")
+
+
+@SCORE.by("pytorch-grad-cam", f"`ScoreCAM`, batch_size={CHUNK}, frozen parameters, `no_grad`")
+def score_peer(s: Subject) -> Run:
+    return _grad_cam(s, "ScoreCAM")
+
+
+@RISE.by("torch", "bare forwards, `no_grad`")
+def rise_unit(s: Subject) -> Run:
+    x = _one(s)
+
+    @torch.no_grad()
+    def call() -> None:
+        for _ in range(MASKS // CHUNK):
+            s.model(x.expand(CHUNK, *x.shape[1:]))
+
+    return Run(call)
+
+
+@RISE.by("innersight", f'`net.explain(x, "rise", masks={MASKS})`')
+def rise(s: Subject) -> Run:
+    return Run(lambda: s.net.explain(_one(s), "rise", target=s.target, masks=MASKS))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules
+
+
+@LRP.by("torch", "forward + backward to the input, frozen parameters")
+@DEEPLIFT.by("torch", "forward + backward to the input, frozen parameters")
+def gradient(s: Subject) -> Run:
+    model = s.twin()
+    return Run(lambda: _gradients(model, s.x, s.target))
+
+
+@LRP.by("innersight", '`net.explain(x, "lrp", composite="epsilon_plus_flat")`')
+def lrp(s: Subject) -> Run:
+    return Run(lambda: s.net.explain(s.x, "lrp", target=s.target, composite="epsilon_plus_flat"))
+
+
+@LRP.by("Zennit", "`EpsilonPlusFlat` with the canonizer for this network, frozen parameters")
+def zennit_lrp(s: Subject) -> Run:
+    from zennit.attribution import Gradient
+    from zennit.composites import EpsilonPlusFlat
+    from zennit.torchvision import ResNetCanonizer, VGGCanonizer
+
+    if s.name.startswith("resnet"):
+        canonizers = [ResNetCanonizer()]
+    elif s.name.startswith("vgg"):
+        canonizers = [VGGCanonizer()]
+    else:
+        raise NotOffered("has no canonizer for this network")
+    model, x = s.twin(), s.x
+
+    def call() -> torch.Tensor:
+        with Gradient(model, EpsilonPlusFlat(canonizers=canonizers)) as attribution:
+            return attribution(x.clone().requires_grad_(), _picked(s))[1].detach()
+
+    return Run(call)
+
+
+@LRP.by("Captum", "`LRP`, its own rules, frozen parameters")
+def captum_lrp(s: Subject) -> Run:
+    from captum.attr import LRP as CaptumLRP
+
+    attribution = CaptumLRP(s.twin())
+    return Run(lambda: attribution.attribute(s.x.clone().requires_grad_(), target=s.target).detach())
+
+
+@DEEPLIFT.by("innersight", '`net.explain(x, "deeplift")`')
+def deeplift(s: Subject) -> Run:
+    return Run(lambda: s.net.explain(s.x, "deeplift", target=s.target))
+
+
+@DEEPLIFT.by("Captum", "`DeepLift`, frozen parameters")
+def captum_deeplift(s: Subject) -> Run:
+    from captum.attr import DeepLift
+
+    attribution = DeepLift(s.twin())
+    return Run(lambda: attribution.attribute(s.x.clone().requires_grad_(), target=s.target).detach())
