@@ -89,9 +89,9 @@ def maximize(
         l2=(1e-3 if l2 is None else float(l2)) if pixels else 0.0,
         learning_rate=float(learning_rate) if learning_rate is not None else 0.05,
     )
-    canvas, notes = _canvas(net, shape)
-    blank = net._to_model(canvas.to_input(torch.full((1, *shape), 0.5)))  # gray
-    with net.engine.session(), torch.enable_grad():
+    with net.engine.session(), torch.enable_grad():  # all of it: what is made in inference mode has no gradient
+        canvas, notes = _canvas(net, shape)
+        blank = net._to_model(canvas.to_input(torch.full((1, *shape), 0.5)))  # gray
         goal = _goal(net, blank, layer, channel, target, at)
         search = _Search(net, goal, canvas, settings, blank)
         found, history, dead = search.run()
