@@ -17,6 +17,10 @@ CAMS = [name for name, m in all_methods().items() if m.family == "cam"]
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", all_methods())
 def test_every_method_keeps_its_promises_on_every_network(name, network):
+    if "attention" in find(name).needs and network != "tokens":
+        with pytest.raises(errors.Unsupported, match=f"{name} reads attention, and .* has none"):
+            check_method(name, small_network(network))
+        return
     assert len(check_method(name, small_network(network))) == 8
 
 
