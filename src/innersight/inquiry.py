@@ -184,6 +184,12 @@ class Inquiry:
         scores = [score(replay.run(replay.without(part, axis))).float() for part in parts]
         return float(base[0]), torch.cat(scores), replay.skips
 
+    def scaled(self, image: int, layer: Layer, factors: Sequence[float]) -> torch.Tensor:
+        """The image's scores (k,) with the layer's value multiplied by each of the factors."""
+        replay = Replay(self.engine, self.x[image : image + 1], layer.name)
+        values = torch.cat([replay.value * f for f in factors], replay.batch_dim)
+        return self.score_of(image)(replay.run(values)).float()
+
     # -- the layer that is looked at
 
     def layer(self, name: str | None) -> tuple[Layer, str]:
@@ -349,6 +355,11 @@ class _Answering(Look):
         if not skips:
             self.note(f"{self._inquiry.net.name} cannot be run from the middle, so each removal was a whole run")
         return scores
+
+    def scaled(self, factors: Sequence[float]) -> torch.Tensor:
+        (image,) = self._rows
+        assert self._question.layer is not None
+        return self._inquiry.scaled(image, self._question.layer, factors)
 
     def once(self, function: Callable[..., Any], *args: Any) -> Any:
         key = (function, self._rows, None if self._question.layer is None else self._question.layer.name, args)

@@ -338,7 +338,7 @@ def finer(of: Any = None, alpha: float = 0.6, similar: int = 3) -> _Deferred:
                 if scores.shape[1] < 2:
                     raise errors.Unsupported("finer compares with other classes, and this network has one output alone")
                 apart = (scores - scores.gather(1, own)).abs().scatter(1, own, float("inf"))
-                near = apart.argsort(1, stable=True)[:, : min(similar, scores.shape[1] - 1)]
+                near = apart.argsort(stable=True)[:, : min(similar, scores.shape[1] - 1)]
                 for k, row in zip(part, near.tolist(), strict=True):
                     known.setdefault(k, row)
             return torch.tensor([known[k] for k in part], device=main.device)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 # A new family: one file, and its name here.
-_MODULES = ("gradient", "path", "cam", "relevance", "decomposition", "attention", "perturbation")
+_MODULES = ("gradient", "path", "cam", "relevance", "decomposition", "attention", "perturbation", "superpixels")
 READS = (
     "input.value", "input.gradient", "layer.value", "layer.gradient", "attention.value", "attention.gradient",
 )  # fmt: skip
@@ -97,6 +97,10 @@ class Look:
 
     def without_channels(self) -> torch.Tensor:
         """(C,): the score of the one image with each channel of the layer set to zero."""
+        raise NotImplementedError
+
+    def scaled(self, factors: Sequence[float]) -> torch.Tensor:
+        """(k,): the score of the one image with the layer's value multiplied by each of the factors."""
         raise NotImplementedError
 
     def once(self, function: Callable[..., Any], *args: Hashable) -> Any:

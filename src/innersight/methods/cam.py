@@ -37,44 +37,48 @@ def _over_space(a: torch.Tensor) -> torch.Tensor:
     reads=("input.value", "layer.value", "layer.gradient"),
     visits=("layer.value", "layer.gradient"),
     signed=True,
-    passes="3 forwards, 3 backwards",
+    passes="3 forwards, 3 backwards; what follows the layer",
     unit="its mean over the layer's grid, and the bias, are the score",
 )
 def cam(look: Look, relu: bool = False) -> torch.Tensor:
     """Which places a class is read from: the layer's maps weighted by the class's row of the last linear layer.
 
     Defined where global average pooling and one linear layer are all that follows (ResNet, DenseNet, Swin). Whether
-    this is so is measured, not guessed from names: at the picture and at two others (its negative, noise) the gradient
-    has to be the same everywhere, which makes it the row of the linear layer over the number of places, and the score
-    minus the map's mean has to be one number, the bias. Other networks are refused; `gradcam` generalizes it to them.
+    this is so is measured, not guessed from names. The gradient has to be the same at every place of the picture and
+    of two others (its negative, noise): then it is the row of the linear layer over the number of places. The score
+    has to follow the layer in proportion, far up, to zero and into the negative; and at every picture it has to be the
+    map's mean and the bias. Other networks are refused; `gradcam` generalizes it to them.
 
     relu: True drops what speaks against the target; the paper keeps it.
     """
     import torch
 
-    a, g = look.value(), look.gradient()
+    x, a, g = look.value("input"), look.value(), look.gradient()
     row = g.mean((2, 3), keepdim=True)
-    x = look.value("input")
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * x.std() + x.mean()
     others = torch.cat([-x, noise])
-    biases = [look.scores - (a * row).sum((1, 2, 3))]
-    apart = (g - row).abs().max()
+    apart, biases = [g - row], [look.scores - (a * row).sum()]
     for _, there in look.visit(len(others), lambda part: others[list(part)], "layer.value", "layer.gradient"):
-        apart = torch.maximum(apart, (there.gradient() - row).abs().max())
+        apart.append(there.gradient() - row)
         biases.append(there.scores - (there.value() * row).sum((1, 2, 3)))
-    bias = torch.cat(biases)
-    if apart > 1e-3 * row.abs().max():
+    factors = a.new_tensor([-8, 0, 8])
+    beyond = look.scaled(factors.tolist()) - factors * (a * row).sum()
+    if torch.cat(apart).abs().max() > 1e-3 * row.abs().max() or _differ(beyond, 8 * a * row):
         raise errors.Unsupported(
             "cam is defined where global average pooling and one linear layer are all between the layer and the score; "
-            "here the gradient at the layer changes with the place or the picture: name the layer in front of the "
-            "pooling with layer=, or use gradcam, its generalization"
+            "here there is more: name the layer in front of the pooling with layer=, or use gradcam, its generalization"
         )
-    if bias.max() - bias.min() > 1e-3 * (bias.abs().max() + (a * row).abs().sum()):
+    if _differ(torch.cat(biases), a * row):
         raise errors.Unsupported(
             "cam is defined where the score is read from the layer alone; here another way leads past it: name the "
             "layer in front of the pooling with layer=, or use gradcam"
         )
     return _total(a * row * a[0, 0].numel(), relu)
+
+
+def _differ(biases: torch.Tensor, parts: torch.Tensor) -> bool:
+    """Whether these are several numbers, seen beside the sum of `parts` that they are the rest of."""
+    return bool(biases.max() - biases.min() > 1e-3 * (biases.abs().max() + parts.abs().sum()))
 
 
 @_cam(paper="Selvaraju et al.: Grad-CAM, ICCV 2017 (arXiv:1610.02391)")
@@ -255,7 +259,7 @@ def scorecam(look: Look, relu: bool = True) -> torch.Tensor:
     def let_through(part: range) -> torch.Tensor:
         maps = F.interpolate(a[live[list(part)]][:, None], x.shape[2:], mode="bilinear")
         low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
-        return x * (maps - low) / (high - low)
+        return x * ((maps - low) / (high - low))
 
     scores = [there.scores for _, there in look.visit(len(live), let_through)]
     weights = torch.cat(scores).softmax(0) if scores else a.new_zeros(0)
