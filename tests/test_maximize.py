@@ -54,7 +54,7 @@ def noise(*size: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_the_class_model_of_each_digit_is_that_digit_to_the_network(digits):
-    found = digits.maximize(target=[str(d) for d in range(10)], steps=128)
+    found = digits.maximize(target=[str(d) for d in range(10)])
     seen = digits.predict(found.inputs)
     assert seen.classes.tolist() == list(range(10))
     assert seen.probabilities.max(1).min() > 0.9
@@ -63,7 +63,8 @@ def test_the_class_model_of_each_digit_is_that_digit_to_the_network(digits):
     assert found.verdict["activation"] == pytest.approx(seen.logits.diagonal().tolist(), rel=1e-4)
     assert min(found.verdict["rise"]) > 4
     assert min(found.verdict["rise_over_same_spectrum"]) > 2
-    assert seen.logits.diagonal().min() > digits.predict(data.load("digits").test_images).logits.max()  # nor any digit
+    real = digits.predict(data.load("digits").test_images).logits
+    assert (seen.logits.diagonal() > real.max(0)).all()  # more than any real digit
 
 
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "fc1"])

@@ -37,7 +37,7 @@ PARAMETERIZATIONS = ("fourier", "pixels")
 STARTS = 16  # random pictures that a unit which does not answer is tried on before it is called dead
 FADE = 0.2  # how fast frequencies that the unit does not ask for fade: the decay of AdamW
 RAISED = 2.0  # a rise below this many standard deviations is not one
-RANDOM, SAME_SPECTRUM = 64, 32  # how many pictures an activation is compared with
+RANDOM, SAME_SPECTRUM = 32, 16  # how many pictures an activation is compared with
 SHIFT, ZOOM, TURN = 0.05, 0.1, 10.0  # each up to this, both ways: share of the side, share of the size, degrees
 
 # How the colors of ImageNet's photographs vary: the axes (columns) and the variance along each. Published with the
@@ -76,8 +76,8 @@ def maximize(
     learning_rate: default 0.05 (for "pixels": of the normalized input); it falls to zero with the steps
 
     The result's verdict compares the activation with that on random pictures (`rise`, in standard deviations of
-    theirs) and on noise of the picture's own spectrum. Units that no picture moves are said; if no other was asked
-    for, Unsupported is raised. UnknownName for a layer, channel or class that does not exist.
+    theirs) and on noise of the picture's own spectrum. Units that are silent at every start are noted and marked; if
+    no other was asked for, Unsupported is raised. UnknownName for a layer, channel or class that does not exist.
     """
     shape = _check(net, steps, parameterization, l2, learning_rate)
     pixels = parameterization == "pixels"
@@ -429,8 +429,7 @@ def moved(pictures: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
 
 
 def same_spectrum(picture: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """A picture (C, H, W) with the frequencies and colors of this one in places drawn by chance; 0..1, what is over
-    is cut."""
+    """A picture (C, H, W) with the frequencies and colors of this one at places drawn by chance, cut to 0..1."""
     size = picture.shape[-2:]
     noise = torch.fft.rfft2(torch.randn(size, generator=random))
     phase = noise / noise.abs().clamp(min=1e-12)
