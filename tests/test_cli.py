@@ -154,9 +154,10 @@ def test_the_module_runs_as_a_program() -> None:
 
 def test_choices_are_those_that_the_drawing_has() -> None:
     from innersight.draw import color, plots
+    from innersight.results import FUSIONS
 
     choices = {p.name: tuple(p.type.choices) for p in main.commands["explain"].params if hasattr(p.type, "choices")}
-    assert choices == {"style": tuple(color.STYLES), "scale": tuple(plots.SCALES)}
+    assert choices == {"style": tuple(color.STYLES), "scale": tuple(plots.SCALES), "fuse": tuple(FUSIONS)}
     choices = {p.name: tuple(p.type.choices) for p in main.commands["maps"].params if hasattr(p.type, "choices")}
     assert choices == {"order": tuple(plots.ORDERS), "scale": tuple(plots.SCALES)}
 

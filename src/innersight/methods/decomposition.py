@@ -32,7 +32,7 @@ def deeplift(look: Look, baseline: Any = "zero", channels: bool = False) -> torc
     channels: keep the colors apart, `(N, C, H, W)`
     """
     start = _baseline(look, baseline)
-    ruled = look.under(_rules().DEEPLIFT, baseline=start)
+    ruled = look.under(_deeplift(), baseline=start)
     rise = ruled.scores - ruled.baseline_scores
     noise = 1e-4 * ruled.scores.abs().maximum(ruled.baseline_scores.abs())  # what rounding of the scores can make of it
     error = (ruled.relevance.flatten(1).sum(1, dtype=rise.dtype) - rise).abs() / rise.abs().maximum(noise).clamp(1e-30)
@@ -59,7 +59,7 @@ def fullgrad(look: Look) -> torch.Tensor:
     (completeness_error).
     """
     x = look.value("input")
-    ruled = look.under(_composites().FULL_GRADIENT, keep=lambda layer, own: (layer, _scaled(own)))
+    ruled = look.under(_full_gradient(), keep=lambda layer, own: (layer, _scaled(own)))
     total = _scaled(ruled.relevance)
     parts = [_over(part, x) for part in ruled.kept]  # one for all images, or one for each
     for i, each in enumerate(parts):
@@ -87,13 +87,13 @@ def _over(kept: list, x: torch.Tensor) -> list[torch.Tensor]:
     return [layer.over_input(own, x.shape[-2:]) for layer, own in kept]
 
 
-def _rules() -> Any:
-    from innersight.observe import differences
+def _deeplift() -> Any:
+    from innersight.observe.differences import DEEPLIFT
 
-    return differences
+    return DEEPLIFT
 
 
-def _composites() -> Any:
-    from innersight.observe import composites
+def _full_gradient() -> Any:
+    from innersight.observe.fullgradient import FULL_GRADIENT
 
-    return composites
+    return FULL_GRADIENT
