@@ -30,22 +30,22 @@ class Replay:
         self.x = x
         self.layer = layer
         self.recording = engine.recording(x)
-        if reads := any(n.kind == "sink" or _depends_on_data(n) for n in self.recording.nodes):
+        if reads := any(n.kind == "sink" or depends_on_data(n) for n in self.recording.nodes):
             self.recording = engine.recording(x, again=True)  # another image may have gone another way
         self.node = self.recording.find(layer)
         self.plan: _Plan | None = None
         self.together = engine.fixed_batch is None  # whether n values may be run as one batch
         try:
-            two = self._of_two(again=reads)
+            two = of_two(engine, x, self.recording, again=reads)
             self.together = two is not None
             self.plan = _plan(self.recording, two, self.node)
             self.together &= not self.plan.mixes
             if self.plan.leaks:
-                raise _CannotSkip
+                raise CannotSkip
             self.value = self._clean_run(x)
             if self.plan.rearranges and self.together:
                 self._verify()
-        except (_CannotSkip, observer.Diverged):
+        except (CannotSkip, observer.Diverged):
             self.plan = None
             self.value = engine.run(x, Request(read=[layer], output=False)).values[layer]
             self.together &= self.value.shape[:1] == (1,)  # else which dimension holds the batch is not known
@@ -54,19 +54,6 @@ class Replay:
     def skips(self) -> bool:
         """Whether only what follows the layer is run."""
         return self.plan is not None
-
-    def _of_two(self, again: bool) -> Recording | None:
-        """What the model does with two such images; None if that is not what it does with one, twice."""
-        if self.engine.fixed_batch is not None:
-            raise _CannotSkip
-        try:
-            two = self.engine.recording_of_two(self.x, again)
-            if [c.func for c in two.calls] != [c.func for c in self.recording.calls]:
-                return None
-            _batch_dims(self.recording.nodes, two.nodes)
-        except Exception:  # it takes one image alone, or lets one image see another
-            return None
-        return two
 
     def _verify(self) -> None:
         """Where batch and other dimensions are merged, see that the same image twice gives the same output twice.
@@ -113,7 +100,7 @@ class Replay:
         if self.together:
             return self._run(values)
         size = self.engine.fixed_batch or 1
-        return _joined([self._run(part) for part in values.split(size * self._each, self.batch_dim)])
+        return joined([self._run(part) for part in values.split(size * self._each, self.batch_dim)])
 
     @property
     def _each(self) -> int:
@@ -153,8 +140,22 @@ class Replay:
         return 1.5 * sum(largest) + sum(v.numel() * v.element_size() for v in [self.value])
 
 
-class _CannotSkip(Exception):
+class CannotSkip(Exception):
     """This model has to be run whole."""
+
+
+def of_two(engine: Engine, x: torch.Tensor, recording: Recording, again: bool) -> Recording | None:
+    """What the model does with two such images; None if that is not what it does with one, twice."""
+    if engine.fixed_batch is not None:
+        raise CannotSkip
+    try:
+        two = engine.recording_of_two(x, again)
+        if [c.func for c in two.calls] != [c.func for c in recording.calls]:
+            return None
+        batch_dims(recording.nodes, two.nodes)
+    except Exception:  # it takes one image alone, or lets one image see another
+        return None
+    return two
 
 
 def _size(node: Node) -> float:
@@ -181,7 +182,7 @@ class _Plan:
 _DATA_SHAPED = frozenset("nonzero argwhere masked_select unique unique_consecutive nms bincount".split())
 
 
-def _depends_on_data(node: Node) -> bool:
+def depends_on_data(node: Node) -> bool:
     if node.op == "where":
         return len(node.args) == 1
     indexed = node.op in ("getitem", "setitem", "index_put") and len(node.args) > 1
@@ -196,7 +197,7 @@ def _refs(value: Any) -> Iterator[observer.Ref]:
             yield from _refs(item)
 
 
-def _mixes_images(node: Node) -> bool:
+def mixes_images(node: Node) -> bool:
     """Batch statistics; torch's own positions are those of `F.batch_norm`."""
     training = node.kwargs.get("training", node.args[5] if len(node.args) > 5 else False)
     return node.op == "batch_norm" and training is True
@@ -206,13 +207,13 @@ def _plan(recording: Recording, two: Recording | None, node: Node) -> _Plan:
     """What to skip; without a recording of two images, for a batch of one."""
     nodes, plan = recording.nodes, _Plan()
     if recording.gaps or node.partial or any(n.kind == "opaque" for n in nodes):
-        raise _CannotSkip
+        raise CannotSkip
     for n in nodes[node.index + 1 :]:
         if any(i == node.index or i in plan.dirty for i in n.inputs):
             plan.dirty.add(n.index)
-    plan.leaks = any(nodes[i].kind == "sink" or _depends_on_data(nodes[i]) for i in plan.dirty)
-    plan.mixes = plan.leaks or any(map(_depends_on_data, nodes)) or any(_mixes_images(nodes[i]) for i in plan.dirty)
-    memory = _memory_of(nodes)
+    plan.leaks = any(nodes[i].kind == "sink" or depends_on_data(nodes[i]) for i in plan.dirty)
+    plan.mixes = plan.leaks or any(map(depends_on_data, nodes)) or any(mixes_images(nodes[i]) for i in plan.dirty)
+    memory = memory_of(nodes)
     shared = {memory[n.index] for n in nodes if n.partial}  # written through one tensor, read through another
 
     def need(index: int, own: bool = False) -> None:
@@ -242,7 +243,7 @@ def _plan(recording: Recording, two: Recording | None, node: Node) -> _Plan:
     for ref in recording.outputs:
         need(ref.node)
     if two is not None:
-        plan.batch_dim = _batch_dims(nodes, two.nodes)
+        plan.batch_dim = batch_dims(nodes, two.nodes)
         plan.mixes |= any(
             plan.batch_dim[i, k] is None for i in (node.index, *plan.dirty) for k in range(len(nodes[i].shapes))
         )
@@ -255,7 +256,7 @@ def _plan(recording: Recording, two: Recording | None, node: Node) -> _Plan:
     return plan
 
 
-def _memory_of(nodes: list[Node]) -> list[int]:
+def memory_of(nodes: list[Node]) -> list[int]:
     """For each node the first one that lies in the same memory."""
     first: list[int] = []
     for n in nodes:
@@ -263,7 +264,7 @@ def _memory_of(nodes: list[Node]) -> list[int]:
     return first
 
 
-def _batch_dims(one: list[Node], two: list[Node]) -> dict[tuple[int, int], int | None]:
+def batch_dims(one: list[Node], two: list[Node]) -> dict[tuple[int, int], int | None]:
     return {
         (n.index, k): _batch_dim(a, b)
         for n, m in zip(one, two, strict=True)
@@ -277,7 +278,7 @@ def _batch_dim(one: tuple[int, ...], two: tuple[int, ...]) -> int | None:
     if not differ:
         return None
     if len(differ) > 1 or two[differ[0]] != 2 * one[differ[0]]:
-        raise _CannotSkip
+        raise CannotSkip
     return differ[0]
 
 
@@ -292,7 +293,7 @@ def _grow(value: torch.Tensor, dim: int | None, n: int) -> torch.Tensor:
     return value.unsqueeze(dim).expand(*value.shape[:dim], n, *value.shape[dim:]).reshape(shape)
 
 
-def _joined(outputs: list) -> Any:
+def joined(outputs: list) -> Any:
     """The outputs of several runs as that of one batch."""
     first = outputs[0]
     if isinstance(first, torch.Tensor):
@@ -300,9 +301,9 @@ def _joined(outputs: list) -> Any:
     if isinstance(first, list) and len(first) == 1 and isinstance(first[0], Mapping):
         return [image for output in outputs for image in output]  # detections: a list with a dict for each image
     if isinstance(first, Mapping):
-        return observer.like(first, {k: _joined([o[k] for o in outputs]) for k in first})
+        return observer.like(first, {k: joined([o[k] for o in outputs]) for k in first})
     if isinstance(first, (tuple, list)):
-        return observer.like(first, [_joined(list(same)) for same in zip(*outputs, strict=True)])
+        return observer.like(first, [joined(list(same)) for same in zip(*outputs, strict=True)])
     return first
 
 
