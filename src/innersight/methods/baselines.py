@@ -42,7 +42,7 @@ def baseline(of: Look | torch.Tensor, kind: Any = "zero") -> torch.Tensor:
         return _given(x, kind)
     if kind == "mean":
         return x.flatten(2).mean(2).reshape(*x.shape[:2], *[1] * (x.dim() - 2)).expand_as(x)
-    return blurred(x, max(_sides(x)) / 10) if kind == "blur" else x.new_zeros(()).expand_as(x)
+    return blurred(x, max(sides(x)) / 10) if kind == "blur" else x.new_zeros(()).expand_as(x)
 
 
 def _spoken(kind: str) -> Any:
@@ -69,9 +69,11 @@ def _given(x: torch.Tensor, kind: Any) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise errors.InputError(f"{kind!r} is no baseline: give {', '.join(KINDS)}, a number or an array") from None
     shape = tuple(x.shape[1:])
-    if value.dim() == 1 and value.numel() == shape[0]:
+    if value.numel() == 1:
+        value = value.reshape(())
+    elif tuple(value.shape) == shape[:1]:
         value = value.reshape(-1, *[1] * (len(shape) - 1))
-    elif value.numel() != 1 and tuple(value.shape) not in (shape, (1, *shape)):
+    elif tuple(value.shape) not in (shape, (1, *shape)):
         raise errors.InputError(
             f"a baseline of shape {tuple(value.shape)} does not fit pictures {shape}: give one number, {shape[0]} "
             "numbers (one for each channel), or one picture for all"
@@ -83,7 +85,7 @@ def _given(x: torch.Tensor, kind: Any) -> torch.Tensor:
 
 def blurred(x: torch.Tensor, sigma: float, edge: str = "mirror") -> torch.Tensor:
     """The pictures `(n, C, H, W)` under a Gaussian blur of that standard deviation in pixels."""
-    down, across = (gaussian(side, sigma, edge)[0].to(x) for side in _sides(x))
+    down, across = (gaussian(side, sigma, edge)[0].to(x) for side in sides(x))
     return down @ x @ across.mT
 
 
@@ -113,7 +115,8 @@ def gaussian(side: int, sigma: float, edge: str = "mirror") -> tuple[torch.Tenso
     return matrix(w), matrix(dw)
 
 
-def _sides(x: torch.Tensor) -> tuple[int, int]:
+def sides(x: torch.Tensor) -> tuple[int, int]:
+    """The height and width of what is a picture."""
     if x.dim() != 4:
         raise errors.Unsupported(f"only pictures (N, C, H, W) can be blurred; this input is {tuple(x.shape)}")
     return x.shape[2], x.shape[3]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from innersight import errors
 from innersight.methods import Look, method
 from innersight.methods.baselines import baseline as the_baseline
-from innersight.methods.baselines import gaussian
+from innersight.methods.baselines import gaussian, sides
 
 if TYPE_CHECKING:  # a list of the methods needs no torch
     import torch
@@ -324,7 +324,7 @@ def _out_of_blur(x: torch.Tensor, sigma: float, edge: str) -> Way:
 
     def blurs(times: torch.Tensor) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
         for time in times.tolist():
-            yield [tuple(m.to(x) for m in gaussian(n, sigma * (1 - time), edge)) for n in x.shape[2:]]  # type: ignore
+            yield [tuple(m.to(x) for m in gaussian(n, sigma * (1 - time), edge)) for n in sides(x)]  # type: ignore
 
     def at(times: torch.Tensor) -> torch.Tensor:
         return torch.cat([down @ x @ across.mT for (down, _), (across, _) in blurs(times)])
