@@ -315,6 +315,33 @@ def test_explain_with_several_methods_makes_one_comparison_and_a_file_of_values_
     np.testing.assert_allclose(cam.values, direct.values, rtol=1e-5, atol=1e-6)
 
 
+def test_explain_at_several_layers_names_each_map_by_method_and_layer(run) -> None:
+    import innersight
+
+    layers = ("--layer", "conv1,conv2", "--layer", "relu")
+    args = ("--method", "gradcam,gradient", *layers, "--out", "h.png", "--out", "h.npz", "--json")
+    record = json.loads(ok(run("explain", *MODEL, "dog.png", *args)).stdout)
+    heads = ["gradcam at conv1", "gradcam at conv2", "gradcam at relu", "gradient"]
+    assert list(record["saliency"]) == heads
+    stems = ["h_gradcam_at_conv1", "h_gradcam_at_conv2", "h_gradcam_at_relu", "h_gradient"]
+    assert record["files"] == ["h.png", *(f"{stem}.npz" for stem in stems)]
+    net = innersight.open(MODEL[0], arch=MODEL[2], input_shape=(3, 16, 16))
+    direct = net.explain("dog.png", "gradcam", layer=["conv1", "conv2", "relu"])
+    for stem, layer in zip(stems, direct, strict=False):
+        np.testing.assert_allclose(innersight.load(f"{stem}.npz").values, direct[layer].values, rtol=1e-5, atol=1e-7)
+
+
+def test_explain_fuses_layers_into_one_map(run) -> None:
+    import innersight
+
+    args = ("--method", "gradcam", "--layer", "conv1,conv2", "--fuse", "max", "--out", "h.npz", "--json")
+    record = json.loads(ok(run("explain", *MODEL, "dog.png", *args)).stdout)
+    assert record["files"] == ["h.npz"]
+    net = innersight.open(MODEL[0], arch=MODEL[2], input_shape=(3, 16, 16))
+    direct = net.explain("dog.png", "gradcam", layer=["conv1", "conv2"], fuse="max")
+    np.testing.assert_allclose(innersight.load("h.npz").values, direct.values, rtol=1e-5, atol=1e-7)
+
+
 def test_explain_against_a_class_scores_the_difference(run) -> None:
     def score(*args: str) -> float:
         record = json.loads(ok(run("explain", *MODEL, "dog.png", *args, "--json")).stdout)
@@ -322,6 +349,9 @@ def test_explain_against_a_class_scores_the_difference(run) -> None:
 
     both = score("--target", "dog", "--against", "fish")
     assert both == pytest.approx(score("--target", "dog") - score("--target", "3"), rel=1e-5)
+    others = sum(score("--target", c) for c in ("0", "1", "2", "3")) - score("--target", "dog")
+    similar = score("--target", "dog", "--against", "similar")
+    assert similar == pytest.approx(score("--target", "dog") - 0.6 * others / 3, rel=1e-4)
 
 
 def test_explain_as_json_holds_predictions_saliency_and_files(run) -> None:
@@ -406,6 +436,10 @@ BAD = {
     "a huge picture": (["explain", *MODEL, "huge.png"], "huge.png is .*more than"),
     "an unknown layer": (["maps", *MODEL, "dog.png", "--layer", "conv3"], "no layer 'conv3'.*did you mean conv"),
     "an unknown layer to explain": (["explain", *MODEL, "dog.png", "--layer", "covn1"], "did you mean conv1"),
+    "one layer to fuse": (
+        ["explain", *MODEL, "dog.png", "--method", "gradcam", "--layer", "conv1", "--fuse", "max"],
+        "--fuse makes one map of several layers: name them with --layer",
+    ),
     "an unknown class": (["explain", *MODEL, "dog.png", "--target", "brid"], "no class 'brid'.*did you mean bird"),
     "a class out of range": (["explain", *MODEL, "dog.png", "--target", "9"], "4 outputs, numbered 0 to 3"),
     "an unknown method": (["explain", *MODEL, "dog.png", "--method", "gradcan"], "did you mean gradcam"),
