@@ -223,8 +223,11 @@ def _component(a: torch.Tensor, along: torch.Tensor, center: bool, relu: bool) -
     places = a.flatten(2).mT.double()  # (n, H * W, C)
     if center:
         places = places - places.mean(1, keepdim=True)
-    u, s, _ = torch.linalg.svd(places, full_matrices=False)
-    on_first = u[..., 0] * s[..., :1]
+    if places.shape[1] <= places.shape[2]:  # the smaller of the two products has the same first eigenvalue
+        values, vectors = torch.linalg.eigh(places @ places.mT)
+        on_first = vectors[..., -1] * values[..., -1:].clamp(min=0).sqrt()
+    else:
+        on_first = (places @ torch.linalg.eigh(places.mT @ places)[1][..., -1:])[..., 0]
     along = along.flatten(1).double()
     if center:
         along = along - along.mean(1, keepdim=True)
