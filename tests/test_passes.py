@@ -552,7 +552,7 @@ def test_a_smaller_budget_means_smaller_chunks():
         engine = Engine(net, budget=budget)
         with engine.session():
             sizes.append(engine.chunk_size(x, Request(gradients=["input"])))
-    assert sizes[0] == 16
+    assert sizes[0] == 32
     assert 1 < sizes[1] < 16
     assert sizes[2] == 1
 
