@@ -18,6 +18,7 @@ from innersight.methods import Look, Method
 from innersight.observe.attention import TokenGrid, token_grid
 from innersight.observe.observer import Recording
 from innersight.observe.passes import INPUT, Pass, Request, free_memory
+from innersight.observe.patches import Patches
 from innersight.observe.replay import Replay
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Inquiry:
         """
         request = replace(request, score=score)
         size = self.engine.chunk_size(x if count is None else x[:1].expand(count, *x.shape[1:]), request)
-        for passed in self.engine.chunks(x, lambda part, _: self.engine.run(part, request), size):
+        for passed in self.engine.chunks(x, lambda part, _: self.engine.run(part, request, count or 1), size):
             if passed.scores is None:  # no gradient was asked for, so nothing was differentiated
                 with torch.no_grad():
                     passed.scores = score(passed.output)
@@ -312,17 +313,15 @@ class _Answering(Look):
 
     def patched(self, boxes: Sequence[tuple[int, int, int, int]], fill: torch.Tensor) -> Iterator[tuple[range, Any]]:
         (image,) = self._rows
-        x = self._inquiry.x[image : image + 1]
-
-        def covered(part: range) -> torch.Tensor:
-            points = x.repeat(len(part), *[1] * (x.dim() - 1))
-            for point, (top, left, height, width) in zip(points, (boxes[i] for i in part), strict=True):
-                where = (slice(None), slice(top, top + height), slice(left, left + width))
-                point[where] = fill.to(x)[0][where]
-            return points
-
-        for part, seen in self.visit(len(boxes), covered):
-            yield part, seen.scores
+        inquiry = self._inquiry
+        score = inquiry.score_of(image)
+        patches = Patches(inquiry.engine, inquiry.x[image : image + 1], fill)
+        for part, output in patches.parts(boxes):
+            inquiry.net._report(part.stop, len(boxes), "patches")
+            with torch.no_grad():
+                yield part, score(output).float()
+        for sentence in patches.notes if not patches.skips else ():
+            self.note(sentence)
 
     def under(self, rules: Any, baseline: torch.Tensor | None = None, keep: Callable[..., Any] | None = None) -> Any:
         from innersight.observe import rules as backward_rules
