@@ -637,6 +637,7 @@ def explain(model: Model, images: tuple[str, ...], methods: tuple[str, ...], tar
         _print_json(record if boxes is None else {**record, "boxes": _box_records(found, boxes)})
         return
     _print_explained(found, predictions)
+    _print_verdicts(found)
     if boxes is not None:
         _print_boxes(found, boxes)
     _wrote(files)
@@ -763,6 +764,21 @@ def _print_explained(found: Mapping[str, Saliency], predictions: Predictions | N
 
 
 _BOXES = 16  # no more of them for a picture in --json: a map of single pixels has thousands
+
+
+def _print_verdicts(found: Mapping[str, Saliency]) -> None:
+    """What the maps' own axioms say: over the images from the least to the greatest."""
+    rows = []
+    for name, saliency in found.items():
+        for what, values in saliency.verdict.items():
+            numbers = [v for v in values if v is not None] if isinstance(values, list) else []
+            if what in ("score", "blank") or not numbers:
+                continue
+            ends = dict.fromkeys(f"{v:.3g}" for v in (min(numbers), max(numbers)))
+            rows.append((name, what.replace("_", " "), " to ".join(ends)))
+    if rows:
+        click.echo()
+        _table(("method", "verdict", "value"), rows, right=("value",))
 
 
 def _box_records(found: Mapping[str, Saliency], boxes: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
