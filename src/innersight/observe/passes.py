@@ -115,7 +115,7 @@ class Engine:
         self.fixed_batch = fixed_batch
         self.budget = budget
         self._recordings: dict[tuple, Recording] = {}
-        self._foldings: dict[int, Folding] = {}  # of a recording, by its id; for as long as the session
+        self._foldings: dict[tuple, Folding] = {}  # for as long as the session
         self._sessions = 0
 
     @contextmanager
@@ -214,9 +214,12 @@ class Engine:
     def _folded(self, x: torch.Tensor, request: Request) -> Pass | None:
         """With folded convolutions, in the best way that this model allows; None if it allows none."""
         recording = self.recording(x, grad=request.differentiates)
-        if id(recording) not in self._foldings:
-            self._foldings[id(recording)] = Folding(self.module, recording)
-        folding = self._foldings[id(recording)]
+        key = (tuple(x.shape[1:]), x.dtype, x.device, request.differentiates)
+        if key not in self._foldings:
+            self._foldings[key] = Folding(self.module, recording)
+        folding = self._foldings[key]
+        if folding.recording is not recording:  # one that takes now this way, now that
+            folding.ways.clear()
         kind = (*map(tuple, (request.read, request.gradients, request.reduce, request.change)), request.of,
                 request.output)  # fmt: skip
         while folding.ways:
@@ -303,7 +306,7 @@ class Engine:
                 at += [leaf] if whole else []  # a reentrant checkpoint tells itself on the way to the input alone
                 passed.scores, found = _differentiate(request.score(scored), at, real)
                 passed.gradients = {g: _real(f, real, batch) for g, f in zip(request.gradients, found, strict=False)}
-        return passed
+        return passed if folding is None else _contiguous(passed)
 
     # -- what can go wrong
 
