@@ -10,12 +10,13 @@ Attention by Excitation Backprop, 2016.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from innersight import errors
+from innersight.observe.observer import Const, Node, Recording
 from innersight.observe.surrogates import (
     CONSTANT,
     CONVOLUTIONS,
@@ -116,7 +117,8 @@ def gamma(op: Op) -> Terms:
     assert linear is not None
     through = linear.call(x, linear.weight)
     z = through.detach() if linear.bias is None else through.detach() + linear.bias
-    more = torch.where(z > 0, _parts(linear, x), _parts(linear, x, positive=False))
+    up = _parts(linear, x)
+    more = torch.where(z > 0, up, through - up)  # what is not positive is negative, and the greater part where z < 0
     own = _bias(op, linear)
     bias: torch.Tensor | float = 0.0
     if isinstance(own, torch.Tensor):
@@ -125,6 +127,17 @@ def gamma(op: Op) -> Terms:
     total = through.detach() + bias
     scale = z / (total + op.rules.epsilon * _signed(total))
     return _terms(z, through * scale, bias * scale if isinstance(bias, torch.Tensor) else bias)
+
+
+@surrogate
+def contrast(op: Op) -> Terms:
+    """By positive contributions, less by those that would be positive were the weights negated: evidence of its own."""
+    linear, x, small = op.linear, op.inputs[0], op.rules.epsilon
+    assert linear is not None
+    with torch.no_grad():
+        z = linear(x)
+    up, down = _parts(linear, x), _parts(linear, x, positive=False)
+    return _terms(z, up * (z / (up.detach() + small)) - down * (z / (down.detach() - small)), 0.0, "other")
 
 
 # -- the first layer: relevance goes to the grain
@@ -388,10 +401,11 @@ def plain(op: Op) -> Terms:
     return op(*op.inputs)
 
 
-@measured("other")
+@surrogate
 def at_the_logits(op: Op) -> Terms:
     """Probabilities stand for the scores they are made from."""
-    return op.inputs[0]
+    x = op.inputs[0]
+    return {"input": x, "other": op.output - x.detach()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,6 +513,7 @@ COMPOSITES: Mapping[str, Rules] = {
         _composite("epsilon_plus", zplus, epsilon),
         _composite("epsilon_plus_flat", zplus, epsilon, flat),
         _composite("epsilon_plus_w2", zplus, epsilon, w2),
+        _composite("epsilon_gamma", gamma, epsilon),
         _composite("epsilon_gamma_box", gamma, epsilon, zbox),
         _composite("epsilon_alpha2_beta1", alpha_beta, epsilon),
         _composite("epsilon_alpha2_beta1_flat", alpha_beta, epsilon, flat),
@@ -509,38 +524,63 @@ COMPOSITES: Mapping[str, Rules] = {
         replace(_composite("attnlrp", gamma, epsilon), table=ATTENTION),
     )
 }
-EXCITATION = _composite("excitation backprop", zplus, zplus, epsilon=1e-12, bias=False)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The plain gradient, with books
+EXCITATION = _composite("excitation backprop", zplus, zplus, flat, epsilon=1e-12, bias=False)
+CONTRASTIVE = replace(EXCITATION, name="contrastive excitation backprop", last=contrast)
 
 
-@surrogate
-def weighted_sum(op: Op) -> Terms:
-    """A linear map; its bias keeps its share."""
-    linear = op.linear
-    assert linear is not None
-    through = linear.call(op.inputs[0], linear.weight)
-    return through if linear.bias is None else {"input": through, "bias": linear.bias}
+def composite(name: str, **options: Any) -> Rules:
+    """The composite of that name, "auto" for one that fits the network; `options` are fields of `Rules`.
+
+    bias: None lets the network decide: not where positive biases would take what passes a bottleneck.
+    """
+    if name == "auto":
+        return _ByArchitecture("auto", RELEVANCE, given=tuple(sorted(options.items())))
+    if name not in COMPOSITES:
+        raise errors.unknown("composite", name, ["auto", *COMPOSITES])
+    return _told(COMPOSITES[name], options)
 
 
-def weighted_sum_or_product(op: Op) -> Way | Surrogate:
-    return plain if op.linear is None else weighted_sum
+def _told(rules: Rules, options: Mapping[str, Any]) -> Rules:
+    return replace(rules, **{k: v for k, v in options.items() if k != "bias" or v is not None})
 
 
-def fixed_batch_norm(op: Op) -> Way | Surrogate:
-    return batch_norm if statistics(op.func, op.args, op.kwargs).fixed else plain
+@dataclass(frozen=True)
+class _ByArchitecture(Rules):
+    """Becomes one of the composites when it sees the network."""
+
+    given: tuple[tuple[str, Any], ...] = ()
+
+    def choose(self, recording: Recording) -> tuple[Rules, str]:
+        given = dict(self.given)
+        convolutions = [n for n in recording.nodes if n.op in CONVOLUTIONS]
+        patches = [n for n in convolutions if _is_patch_embedding(n)]
+        dense = [n for n in recording.nodes if n.op == "linear"]
+        if len(convolutions) == len(patches) and len(dense) > 3 and any(len(n.shape) > 2 for n in dense):
+            return _told(COMPOSITES["cp"], given), (
+                "composite cp (gamma's rule, attention weights and norms as constants): the network is made of tokens; "
+                "composite= changes it"
+            )
+        rules = COMPOSITES["epsilon_plus_flat"]
+        why = "composite epsilon_plus_flat"
+        if given.get("bias") is None and any(_is_depthwise(n) for n in convolutions):
+            given["bias"] = False
+            why += ", biases left out where positive parts are summed, as they would take most in depthwise networks"
+        return _told(rules, given), f"{why}; composite= changes it"
 
 
-_STEPS = "argmax argmin argsort eq ne lt le gt ge logical_and logical_or logical_not logical_xor int long bool one_hot"
-_KEPT = (OWN, additive, padding, affine)
-FULL_GRADIENT = Rules(
-    "the gradient",
-    {
-        **{name: entry if entry in _KEPT else plain for name, entry in RELEVANCE.items() if name != "var_mean"},
-        **_same(_STEPS, CONSTANT),
-        **_same(" ".join([*CONVOLUTIONS, *PRODUCTS]), weighted_sum_or_product),
-        "batch_norm": fixed_batch_norm,
-    },
-    fold=False,
-)
+def _weight_shape(node: Node) -> tuple[int, ...]:
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    return weight.shape if isinstance(weight, Const) else ()
+
+
+def _is_depthwise(node: Node) -> bool:
+    groups = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
+    shape = _weight_shape(node)
+    return isinstance(groups, int) and groups > 1 and len(shape) > 2 and shape[1] == 1
+
+
+def _is_patch_embedding(node: Node) -> bool:
+    stride = node.kwargs.get("stride", node.args[3] if len(node.args) > 3 else 1)
+    kernel = _weight_shape(node)[2:]
+    strides = tuple(stride) if isinstance(stride, (tuple, list)) else (stride,) * len(kernel)
+    return bool(kernel) and max(kernel) > 1 and (strides * len(kernel))[: len(kernel)] == kernel

@@ -336,18 +336,19 @@ class _Ruling(Runner):
                 op.folded = affine_of(statistics(func, *_detached(args, kwargs)))
             else:
                 op = Op(node, func, args, kwargs, self.rules)
+            self.refuse(op)
             if not op.inputs:
                 return _without_grad(func, args, kwargs)
-            self.refuse(op)
             target = observer.written(observer.raw_name(func), args, kwargs) if node.inplace else None
             if node.index in self.made_part and op.linear is not None:
                 self.folded[node.index] = op  # the rule is applied at the batch norm behind it
                 return _without_grad(func, args, kwargs)
             rule = self.rule(op, node)
             self.met[rule.name] += 1
+            sides = [self.side_of(i) for i in op.inputs] if self.sides and op.side is None else []
             out = self.under(rule, op, func, args, kwargs, target)
-            if self.sides and op.side is None:
-                self.follow(op, target if target is not None else out)
+            if any(sides):
+                self.follow(op, sides, out if target is None else target)
             return out
 
     def rule(self, op: Op, node: Node) -> Way | Surrogate:
@@ -411,6 +412,11 @@ class _Ruling(Runner):
                 f"layer {op.layer!r} lies in a checkpoint, which computes it once more on the way back, where no "
                 f"rules can be set; {self.rules.name} needs the network without checkpoints"
             )
+        if op.unseen and self.recording.gaps:
+            raise errors.Unsupported(
+                f"layer {op.layer!r} reads what code that cannot be watched (scripted, traced or compiled) made, so "
+                f"{self.rules.name} cannot go through it; gradient methods can"
+            )
         for value in op.inputs:
             made = value.grad_fn
             if isinstance(made, torch.autograd.function.BackwardCFunction) and type(made) is not _BACK:
@@ -444,12 +450,9 @@ class _Ruling(Runner):
         known = self.sides.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
 
-    def follow(self, op: Op, out: Any) -> None:
+    def follow(self, op: Op, sides: list[Side | None], out: Any) -> None:
         """Note what accompanies the result of an operation on the picture, as long as that is one."""
-        sides = [self.side_of(i) for i in op.inputs]
         known = [s for s in sides if s is not None]
-        if not known:
-            return
         tensors = list(observer.tensors_in(out))
         found: list[Side] = []
         if len(known) == len(sides) and not op.node.partial:
@@ -462,6 +465,8 @@ class _Ruling(Runner):
         for tensor, side in zip(tensors, found, strict=False):
             self.sides[id(tensor)] = weakref.ref(tensor), side
         if not found:
+            for tensor in tensors:  # one that was written in place may have been a picture
+                self.sides.pop(id(tensor), None)
             self.strayed = self.strayed or f"{op.layer!r} ({op.name})"
 
 
@@ -567,7 +572,7 @@ def run(
     try:
         for attempt in range(3):  # as learnt; learnt anew for this batch; the other way round about gradients
             recording = engine.recording(x, grad=attempt != 1, again=attempt > 0, opened=True)
-            _refuse_opaque(recording, rules)
+            _refuse_opaque(engine, recording, x, rules)
             chosen, why = rules.choose(recording)
             try:
                 return _run(engine, recording, x, chosen, score, baseline, layers, why, keep)
@@ -593,13 +598,21 @@ def _explained(error: RuntimeError, rules: Rules) -> Exception:
     return error
 
 
-def _refuse_opaque(recording: Recording, rules: Rules) -> None:
-    for node in recording.nodes:
-        if node.kind == "opaque":
-            raise errors.Unsupported(
-                f"layer {node.name!r} is made by code that cannot be watched (scripted, traced or compiled), so "
-                f"{rules.name} cannot go through it; gradient methods can"
-            )
+def _refuse_opaque(engine: Engine, recording: Recording, x: torch.Tensor, rules: Rules) -> None:
+    """What was made unseen, unless it is a constant: of two images there are then not two of it."""
+    opaque = [n for n in recording.nodes if n.kind == "opaque"]
+    if opaque and engine.fixed_batch is None and not any(n.inputs for n in opaque):
+        opaque = [n for n in _of_two(engine, x).nodes if n.kind == "opaque"]
+    for node in opaque:
+        raise errors.Unsupported(
+            f"layer {node.name!r} is made by code that cannot be watched (scripted, traced or compiled), so "
+            f"{rules.name} cannot go through it; gradient methods can"
+        )
+
+
+def _of_two(engine: Engine, x: torch.Tensor) -> Recording:
+    guard.seed(engine.module)
+    return observer.learn(engine.module, torch.cat([x[:1], x[:1]]), call=engine.call, grad=True, opened=True)
 
 
 def _run(
@@ -641,7 +654,7 @@ def _forth(engine: Engine, recording: Recording, x: torch.Tensor, rules: Rules, 
     n, remembered, base = len(x), None, None
     if baseline is not None:
         base, remembered = _remember(engine, recording, baseline, rules)
-        base = _real_of(base, n)
+        base = base if engine.fixed_batch is None else _real_of(base, n)
     whole = engine._filled(x)[0]
     books = _Books(n, dims, x.device, keep) if rules.books else None
     guard.seed(engine.module)
@@ -656,7 +669,8 @@ def _forth(engine: Engine, recording: Recording, x: torch.Tensor, rules: Rules, 
         )  # fmt: skip
     assert isinstance(runner, _Ruling)
     grain = None if side is None else side.grain
-    return _Part(_real_of(output, n), leaf, grain, runner, books, base)
+    output = output if engine.fixed_batch is None else _real_of(output, n)
+    return _Part(output, leaf, grain, runner, books, base)
 
 
 def _real_of(output: Any, n: int) -> Any:
@@ -704,7 +718,7 @@ def _found_dims(engine: Engine, recording: Recording, x: torch.Tensor) -> dict[t
     if engine.fixed_batch is not None or recording.batch != 1:
         return None
     try:
-        two = observer.learn(engine.module, torch.cat([x[:1], x[:1]]), call=engine.call, grad=True, opened=True)
+        two = _of_two(engine, x)
         if [c.func for c in two.calls] != [c.func for c in recording.calls]:
             return None
         dims = batch_dims(recording.nodes, two.nodes)

@@ -186,6 +186,7 @@ class Op:
         self.multiplier: torch.Tensor = torch.empty(0)
         self.side: Side | None = None
         self.last = False
+        self.unseen = False  # it reads what no watched operation made, and which has a graph all the same
         self.folded: tuple[torch.Tensor, torch.Tensor] | None = None  # scale and shift of the batch norm behind it
         self.slots: list[int] = []  # where, among all tensors of the call, the inputs stand
         self._count = 0
@@ -199,6 +200,7 @@ class Op:
             if not value.requires_grad:
                 return value
             if not isinstance(frozen, Ref):
+                self.unseen |= not value.is_leaf
                 return value.detach()
             self.inputs.append(value)
             self.refs.append(frozen)
