@@ -420,6 +420,17 @@ def test_a_single_pass_is_bit_for_bit_that_of_the_model_also_beside_many():
         assert batches.norms == 1
 
 
+def test_a_few_more_points_use_what_many_have_made():
+    net, x = small(), picture(2, 3, 16, 16)
+    engine, request = Engine(net), Request(gradients=["input"], score=score)
+    with engine.session():
+        engine.run(x, request)  # to learn the network
+        for points, other, norms in ((2, False, 1), (8, False, 1), (2, False, 0), (2, True, 1), (1, False, 1)):
+            with Batches() as batches:
+                engine.run(x, Request() if other else request, points)
+            assert batches.norms == norms, (points, other)
+
+
 def test_outside_of_a_session_nothing_is_folded():
     engine = Engine(small())
     engine.run(picture(), Request(), points=MANY)

@@ -172,11 +172,16 @@ class Engine:
     def run(self, x: torch.Tensor, request: Request, points: int = 1) -> Pass:
         """One trip of the batch `x`.
 
-        points: how many images will be run with such a request in this session, `x` among them. Where they are many,
-                BatchNorm is folded into the convolutions and, on a CPU, maps lie channels-last: see `folding`. What is
-                returned is contiguous, and as near to the exact values as without. The first time, one image is run
-                both ways and compared, so `score` has to take a batch of any size. Without `points`, bits are equal
-                to those of the bare model.
+        points: how many images will be run with such a request in this session, `x` among them. From 8 on, BatchNorm
+                is folded into the convolutions and, on a CPU, maps lie channels-last: see `folding`. What is returned
+                is contiguous, and as near to the exact values as without. The first time, one image is run both ways
+                and compared, so `score` has to take a batch of any size. Without `points`, bits are equal to those of
+                the bare model. A stream of points passes chunks, of a size that `chunk_size` tells:
+
+                    every = x.expand(count, *x.shape[1:])  # x: the one image; its shape is all that is looked at
+                    size = engine.chunk_size(every, request)
+                    run = lambda _, part: engine.run(make(part), request, points=count)
+                    for passed in engine.chunks(every, run, size): ...
 
         Raises InputError if the model runs into NaN (naming the first layer that made one), Unsupported where a
         gradient cannot be taken or the model takes another way each time.
@@ -186,8 +191,8 @@ class Engine:
         if x.is_inference():
             x = x.clone()  # outside of inference mode: a tensor that can be differentiated
         try:
-            many = points >= _MANY and self._sessions and not request.attention
-            if many and (passed := self._folded(x, request)) is not None:
+            fast = points > 1 and self._sessions and not request.attention
+            if fast and (passed := self._folded(x, request, points)) is not None:
                 return passed
             return self._until_learnt(x, request)
         except RuntimeError as error:
@@ -211,17 +216,19 @@ class Engine:
                     raise
         raise errors.Unsupported("this model does something else each time it runs, so its layers cannot be told apart")
 
-    def _folded(self, x: torch.Tensor, request: Request) -> Pass | None:
-        """With folded convolutions, in the best way that this model allows; None if it allows none."""
+    def _folded(self, x: torch.Tensor, request: Request, points: int) -> Pass | None:
+        """With folded convolutions, in the best way that this model allows; None if it allows none, or they are few."""
         recording = self.recording(x, grad=request.differentiates)
         key = (tuple(x.shape[1:]), x.dtype, x.device, request.differentiates)
-        if key not in self._foldings:
-            self._foldings[key] = Folding(self.module, recording)
-        folding = self._foldings[key]
-        if folding.recording is not recording:  # one that takes now this way, now that
-            folding.ways.clear()
         kind = (*map(tuple, (request.read, request.gradients, request.reduce, request.change)), request.of,
                 request.output)  # fmt: skip
+        folding = self._foldings.get(key)
+        if points < _MANY and (folding is None or kind not in folding.agreed):
+            return None
+        if folding is None:
+            folding = self._foldings[key] = Folding(self.module, recording)
+        if folding.recording is not recording:  # one that takes now this way, now that
+            folding.ways.clear()
         while folding.ways:
             try:
                 passed = self._run(recording, x, request, folding)
