@@ -64,9 +64,11 @@ def test_deeplift_agrees_with_captum_where_every_activation_is_a_module():
         x, "deeplift", target=[1, 3], baseline=x0, channels=True
     )
     with pytest.warns(UserWarning, match="forward, backward hooks"):
-        theirs = DeepLift(model).attribute(
-            x.clone().requires_grad_(), x0.repeat(2, 1, 1, 1).requires_grad_(), target=torch.tensor([1, 3])
-        ).detach()
+        theirs = (
+            DeepLift(model)
+            .attribute(x.clone().requires_grad_(), x0.repeat(2, 1, 1, 1).requires_grad_(), target=torch.tensor([1, 3]))
+            .detach()
+        )
     assert close(ours.values, theirs)
 
 
