@@ -424,7 +424,7 @@ def test_a_few_more_points_use_what_many_have_made():
     net, x = small(), picture(2, 3, 16, 16)
     engine, request = Engine(net), Request(gradients=["input"], score=score)
     with engine.session():
-        engine.run(x, request)  # to learn the network
+        engine.run(x, request), engine.run(x, Request())  # to learn the network
         for points, other, norms in ((2, False, 1), (8, False, 1), (2, False, 0), (2, True, 1), (1, False, 1)):
             with Batches() as batches:
                 engine.run(x, Request() if other else request, points)
