@@ -89,7 +89,10 @@ def zplus(op: Op) -> Terms:
         z = linear(x)
     through, bias = _parts(linear, x), _bias(op, linear, positive=True)
     scale = z / (through.detach() + bias + op.rules.epsilon)
-    return _terms(z, through * scale, bias * scale if isinstance(bias, torch.Tensor) else bias)
+    if isinstance(bias, torch.Tensor):
+        return _terms(z, through * scale, bias * scale)
+    alone = z * (through.detach() == 0) if linear.bias is not None else 0.0  # a sum that is nothing but its bias
+    return _terms(z, through * scale, alone)
 
 
 @surrogate
