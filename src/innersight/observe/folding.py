@@ -55,10 +55,7 @@ class _Convolution:
 
     def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of the convolution and the BatchNorm in one; rounded once."""
-        dtype, norm = (
-            self.weight.dtype,
-            {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in self.norm.items()},
-        )
+        norm = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in self.norm.items()}
         scale = (norm["running_var"] + norm.get("eps", 1e-5)).rsqrt()
         scale = scale if norm.get("weight") is None else scale * norm["weight"]
         shift = -norm["running_mean"] if self.bias is None else self.bias.double() - norm["running_mean"]
@@ -69,7 +66,7 @@ class _Convolution:
             weight = (weight.unflatten(0, (self.groups, -1)) * each).flatten(0, 1)
         else:
             weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-        return weight.to(dtype), shift.to(dtype)
+        return weight.to(self.weight), shift.to(self.weight)
 
 
 class Folding:
