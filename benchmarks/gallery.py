@@ -23,9 +23,9 @@ FAMILIES = {
     "path": ["integrated_gradients", "blur_integrated_gradients", "guided_integrated_gradients", "expected_gradients"],
     "cam": ["gradcam", "gradcam_plus_plus", "layercam", "eigencam", "scorecam", "ablationcam"],
     "rules": ["lrp", "deeplift", "excitation_backprop", "guided_backprop", "guided_gradcam", "fullgrad"],
-    "perturbation": ["occlusion", "rise", "lime", "kernel_shap", "sobol", "extremal_perturbation", "minimal_region"],
+    "perturbation": ["occlusion", "rise", "lime", "kernel_shap", "minimal_region"],
 }
-SMALL = {"masks": 2000}
+SMALL = {"masks": 1024}
 
 
 def main() -> None:

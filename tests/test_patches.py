@@ -709,7 +709,7 @@ def test_any_number_of_boxes_comes_back_in_order():
             agree(output, expected[part.start : part.stop], 1e-5)
             seen = part.stop
         assert seen == len(boxes)
-        assert patches.chunk_size() == 24
+        assert patches.chunk_size() == 32
         assert list(patches.parts(boxes[:0])) == []
     small = Engine(net, budget=1)
     with small.session():

@@ -31,7 +31,7 @@ from innersight.observe.replay import CannotSkip, batch_dims, depends_on_data, j
 Box = tuple[int, int, int, int]  # top, left, height, width
 Key = tuple[int, int]  # a node and which of its outputs
 
-_CHUNK = {"cpu": 24, "cuda": 256}
+_CHUNK = {"cpu": 32, "cuda": 256}
 _HELD = 32 << 20  # bytes of answers kept back to put them in the order of the boxes
 # How far the check of patches against whole runs may be off, as a share of the largest value.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -248,7 +248,7 @@ class Patches:
             batch = self.x.repeat(len(part), 1, 1, 1)
             for picture, (top, left, bottom, right) in zip(batch, part.tolist(), strict=True):
                 picture[:, top:bottom, left:right] = self.fill[0, :, top:bottom, left:right]
-            outputs.append(self.engine.run(batch, Request()).output)
+            outputs.append(self.engine.run(batch, Request(), points=len(corners)).output)
         return joined(outputs)
 
 
@@ -285,6 +285,7 @@ class _Plan:
     places:  (node, output) -> where its rows and columns stand, with its value in the clean run where that is read
     weights: convolution -> weight and bias, with the BatchNorm behind it folded in
     norms:   the BatchNorms that were
+    own:     works in place, and nobody else reads what it writes into
     forget:  node -> values that nobody reads behind it
     costs:   node -> multiplications for each number that it makes
     """
@@ -318,6 +319,11 @@ class _Plan:
             if hidden & {node for node, _ in self.places}:
                 raise CannotSkip("the network hands tensors on in ways that cannot be followed")
         self._fold(module)
+        self.own = {
+            n.index
+            for n in nodes
+            if n.inplace and nodes[n.base or 0].kind == "layer" and self.readers.get((n.base or 0, 0)) == [n.index]
+        }
         self.forget: dict[int, list[Key]] = {}
         for key, readers in self.readers.items():
             if key not in self.outputs:
@@ -466,7 +472,8 @@ class _Walk(Runner):
         crops = {ref: value for ref, value in read if isinstance(value, Crop)}
         if step is None or len(crops) < len(read):
             return None
-        made = self._made(step, Now(node, func, args, kwargs, crops, self.plan.weights.get(node.index)))
+        own = node.index in self.plan.own
+        made = self._made(step, Now(node, func, args, kwargs, crops, self.plan.weights.get(node.index), own))
         if made is None:
             return None
         for k, data in enumerate(observer.tensors_in(made.out)):

@@ -135,13 +135,14 @@ class Now:
     """A call as it comes: the model's own arguments, and the crops of what they stand for."""
 
     def __init__(self, node: Node, func: Callable, args: tuple, kwargs: Mapping[str, Any], crops: Mapping[Ref, Crop],
-                 weights: tuple[torch.Tensor, torch.Tensor | None] | None = None):  # fmt: skip
+                 weights: tuple[torch.Tensor, torch.Tensor | None] | None = None, own: bool = False):  # fmt: skip
         self.node = node
         self.func = func
         self.args = args
         self.kwargs = kwargs
         self.crops = crops
         self.weights = weights  # of a convolution, with the normalization behind it in them
+        self.own = own  # whether what is written in place is nobody else's
 
     @property
     def crop(self) -> Crop:
@@ -194,8 +195,9 @@ class Step:
         data = {ref: crop.window(starts, size) for ref, crop in now.crops.items()}
         if not now.node.inplace:
             return Made(now.run(data), starts, first, last)
-        target = now.node.args[0]  # a copy: windows may share memory where the values do not
-        data[target] = data[target].clone()
+        target = now.node.args[0]
+        if not now.own:
+            data[target] = data[target].clone()  # windows may share memory where the values do not
         now.run(data)
         return Made(data[target], starts, first, last)
 
