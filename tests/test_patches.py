@@ -178,6 +178,8 @@ FOLLOWED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "movedim and swapaxes": lambda h: h.movedim(1, -1).relu().movedim(-1, 1).swapaxes(2, 3).tanh().transpose(3, 2),
     "rows and columns flattened apart": lambda h: h.reshape(len(h), 2, 2, 2, *h.shape[2:]).flatten(1, 3),
     "padded with a constant": lambda h: F.pad(h, (1, 2, 3, 0), value=0.5),
+    "padded, then written": lambda h: _conv(F.pad(h, (1, 1, 1, 1)).relu_(), 8, 3) + h,
+    "reshaped, then written": lambda h: h.reshape(len(h), 2, 4, *h.shape[2:]).clone().relu_().flatten(1, 2) - h,
     "squeezed": lambda h: h.unsqueeze(2).squeeze(2).unsqueeze(-1).squeeze(-1),
     "double precision and back": lambda h: h.double().float(),
     "detached and cloned": lambda h: h.detach().clone().contiguous(),

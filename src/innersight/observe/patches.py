@@ -319,11 +319,7 @@ class _Plan:
             if hidden & {node for node, _ in self.places}:
                 raise CannotSkip("the network hands tensors on in ways that cannot be followed")
         self._fold(module)
-        self.own = {
-            n.index
-            for n in nodes
-            if n.inplace and nodes[n.base or 0].kind == "layer" and self.readers.get((n.base or 0, 0)) == [n.index]
-        }
+        self.own = {n.index for n in nodes if n.inplace and self._is_alone(n)}
         self.forget: dict[int, list[Key]] = {}
         for key, readers in self.readers.items():
             if key not in self.outputs:
@@ -346,6 +342,13 @@ class _Plan:
                 self.steps[n.index], axes = found
                 for k, (shape, (y, x)) in enumerate(zip(n.shapes, axes, strict=True)):
                     self.places[n.index, k] = Place(shape, y, x)
+
+    def _is_alone(self, n: Node) -> bool:
+        """Whether what an operation writes into is read by nobody else, under this name or another."""
+        made_by = self.nodes[n.base or 0]
+        step = self.steps.get(made_by.index)
+        new = made_by.kind == "layer" and step is not None and not step.hands_on
+        return new and self.readers.get((made_by.index, 0)) == [n.index]
 
     def _fold(self, module: nn.Module) -> None:
         folding = Folding(module, self.recording)

@@ -177,6 +177,7 @@ class Step:
     """An operation on windows. As it stands, one that leaves rows and columns where they are: the call itself."""
 
     around = False  # whether it reads more of what it is given than the windows
+    hands_on = False  # whether what it makes lies in the memory of what it reads
 
     def reach(self, _node: Node, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows and columns that change, from those that change in what is read."""
@@ -210,6 +211,8 @@ def union(reaches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray,
 
 class _View(Step):
     """The same numbers in another shape, in which rows and columns stand at `y` and `x`."""
+
+    hands_on = True
 
     def __init__(self, shape: tuple[int, ...], y: int, x: int):
         self.shape, self.y, self.x = shape, y, x
@@ -254,6 +257,8 @@ class _Window(Step):
 
 class _Shift(Step):
     """Padding: the window lies further down and to the right."""
+
+    hands_on = True
 
     def __init__(self, top: int, left: int):
         self.by = np.asarray([top, left])
