@@ -643,6 +643,18 @@ def test_what_the_model_keeps_out_of_the_gradient_stays_out():
     assert float(r.closure) < 1e-5
 
 
+def test_a_picture_written_into_a_part_of_a_constant_is_followed():
+    def padded(m, x):
+        canvas = x.new_zeros(len(x), 3)
+        part = canvas[:, :2]
+        part.copy_(x)
+        return m.b(F.relu(m.a(canvas[:, :2]))) + canvas[:, 2:]
+
+    r = ruled(Fn(padded, a=H1.a, b=H1.b), row(3, 1), "zplus")
+    torch.testing.assert_close(r.relevance, row(4, 4 / 3))
+    assert float(r.closure) < 1e-5
+
+
 # -- nothing left behind
 
 

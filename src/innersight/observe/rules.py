@@ -495,6 +495,10 @@ def _detached(args: tuple, kwargs: dict) -> Any:
 
 
 def _without_grad(func: Callable, args: tuple, kwargs: dict) -> Any:
+    with torch._C.DisableTorchFunction():
+        graph = any(t.requires_grad for t in observer.tensors_in((args, kwargs)))
+    if not graph:  # a view that is made without grad mode may not be written into with it
+        return func(*args, **kwargs)
     torch._C._set_grad_enabled(False)
     try:
         return func(*args, **kwargs)
