@@ -684,6 +684,8 @@ def test_what_does_not_fit_is_refused():
         for box in [(3, 3, 0, 2), (40, 3, 2, 2), (-5, 0, 5, 5)]:
             with pytest.raises(errors.InputError, match="covers no pixel"):
                 patches.run([(0, 0, 1, 1), box])
+        with pytest.raises(errors.InputError, match="no boxes"):
+            patches.run([])
 
 
 def test_boxes_over_the_border_end_at_it():

@@ -127,7 +127,10 @@ class Patches:
 
     def run(self, boxes: Sequence[Box] | np.ndarray | torch.Tensor) -> Any:
         """The network's output `(n, ...)` for n boxes (top, left, height, width), in one go."""
-        return self._run(self._inside(boxes))
+        corners = self._inside(boxes)
+        if not len(corners):
+            raise errors.InputError("no boxes were given; one is (top, left, height, width)")
+        return self._run(corners)
 
     def parts(self, boxes: Sequence[Box] | np.ndarray | torch.Tensor, size: int | None = None
               ) -> Iterator[tuple[range, Any]]:  # fmt: skip
@@ -171,7 +174,7 @@ class Patches:
 
     def _inside(self, boxes: Any) -> np.ndarray:
         """`(n, 4)`: top, left, bottom, right, of the part inside the picture."""
-        given = np.asarray(boxes).reshape(-1, 4).astype(np.int64)
+        given = np.asarray(boxes.cpu() if isinstance(boxes, torch.Tensor) else boxes).reshape(-1, 4).astype(np.int64)
         corners = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], 1)
         corners = np.clip(corners, 0, (*self.x.shape[2:], *self.x.shape[2:]))
         if empty := np.flatnonzero((corners[:, 2:] <= corners[:, :2]).any(1)).tolist():
@@ -182,7 +185,7 @@ class Patches:
         return corners
 
     def _run(self, corners: np.ndarray) -> Any:
-        if self.plan is not None and len(corners):
+        if self.plan is not None:
             try:
                 output = self._followed(self.plan, corners)
                 if self._good(output, corners):
