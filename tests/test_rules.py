@@ -360,6 +360,18 @@ def test_where_the_picture_is_lost_the_first_layers_rule_is_not_applied_and_that
     assert any("'square' (square)" in n for n in r.notes)
 
 
+def test_where_a_channel_alone_is_changed_in_place_the_range_is_no_longer_known():
+    conv, head = stem()
+
+    def forward(m, x):
+        x[:, 0].mul_(3)
+        return m.head(m.conv(x).relu().mean((2, 3)))
+
+    r = ruled(Fn(forward, conv=conv, head=head), PICTURE, "epsilon_gamma_box")
+    assert "zbox" not in r.met
+    assert any("'mul' (mul)" in n for n in r.notes)
+
+
 def test_the_range_of_the_picture_is_by_default_its_own():
     conv, head = stem()
     net = Fn(lambda m, x: m.head(m.conv(x).relu().mean((2, 3))), conv=conv, head=head)

@@ -465,8 +465,13 @@ class _Ruling(Runner):
         for tensor, side in zip(tensors, found, strict=False):
             self.sides[id(tensor)] = weakref.ref(tensor), side
         if not found:
-            for tensor in tensors:  # one that was written in place may have been a picture
-                self.sides.pop(id(tensor), None)
+            if op.node.inplace:  # what shares memory with it has changed as well
+                key = observer.storage_key(tensors[0])
+                self.sides = {
+                    i: (ref, side)
+                    for i, (ref, side) in self.sides.items()
+                    if (known_tensor := ref()) is not None and observer.storage_key(known_tensor) != key
+                }
             self.strayed = self.strayed or f"{op.layer!r} ({op.name})"
 
 
