@@ -11,6 +11,7 @@ from innersight.data.small_cnn import SimpleCNN
 from innersight.methods import all_methods, find
 from innersight.testing import NETWORKS, check_method, close, small_network
 
+QUICK = {"extremal_perturbation": {"steps": 20}, "guided_integrated_gradients": {"steps": 20}}  # step after step
 CAMS = [name for name, m in all_methods().items() if m.family == "cam" and not m.visits]
 
 
@@ -25,7 +26,7 @@ def test_every_method_keeps_its_promises_on_every_network(name, network):
         with pytest.raises(errors.Unsupported, match="cam is defined where global average pooling"):
             check_method(name, small_network(network))
         return
-    assert len(check_method(name, small_network(network))) == 8
+    assert len(check_method(name, small_network(network), **QUICK.get(name, {}))) == 8
 
 
 def noise(*shape, seed=0):
