@@ -285,7 +285,14 @@ def a_view_with_another_shape(h: torch.Tensor) -> torch.Tensor:
     return h + flat.mean(1).view(len(h), 1, 32, 32)
 
 
-@pytest.mark.parametrize("operation", [written_in_part, a_view_is_written, a_view_with_another_shape])
+def a_flat_view_is_written(h: torch.Tensor) -> torch.Tensor:
+    h.flatten(1).relu_()
+    return h
+
+
+@pytest.mark.parametrize(
+    "operation", [written_in_part, a_view_is_written, a_view_with_another_shape, a_flat_view_is_written]
+)
 def test_memory_that_is_written_through_another_tensor(operation):
     net = between(operation)
     compare(net, picture(), SMALL)

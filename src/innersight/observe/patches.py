@@ -299,8 +299,7 @@ class _Plan:
         memory = memory_of(nodes)
         parts = {memory[n.index] for n in nodes if n.partial}  # written through one tensor, read through another
         self.real = {n.index for n in nodes if memory[n.index] in parts}
-        # Only where nobody looks at memory: a change of format would show.
-        self.channels_last = x.device.type == "cpu" and not parts and not any(n.op in _ON_MEMORY for n in nodes)
+        self.channels_last = x.device.type == "cpu" and not any(n.op in _ON_MEMORY for n in nodes)
         dims = batch_dims(nodes, two.nodes)
         self.reads = [list(dict.fromkeys(refs((n.args, n.kwargs)))) for n in nodes]
         self.steps: dict[int, Step] = {}
@@ -390,7 +389,7 @@ class _Plan:
         )
 
 
-# Where memory itself is looked at, not only what it holds.
+# Where memory itself is looked at, not only what it holds: another format would show.
 _ON_MEMORY = frozenset("as_strided set_data set stride unfold_copy".split())
 
 
@@ -530,6 +529,8 @@ class _Walk(Runner):
             if node.op != "view" or not self.plan.channels_last:
                 raise
             out = func(full_args[0].contiguous(), *full_args[1:], **full)  # the model's would have been
+        if node.index in self.plan.real and node.base is None:  # what is a view of it in the model shall be one here
+            out = observer.map_tensors(out, torch.Tensor.contiguous)
         target = observer.written(observer.raw_name(func), args, kwargs) if node.inplace else None
         if target is None or id(target) not in self.stand_ins:
             return out
