@@ -111,7 +111,7 @@ def books(name: str, net: nn.Module, shape: tuple[int, int, int]) -> Iterator[di
         row["absolute"] = float(r.relevance.abs().sum()) / abs(score)
         row |= {share: float(r.shares[share]) / score for share in SHARES}
         if chosen == "auto":
-            row["composite"] = f"auto: {r.rules.name}{'' if r.rules.bias else ', no bias'}"
+            row["composite"] = f"auto: {r.rules.name}"
         if chosen != "attnlrp" or r.met.get("softmax"):
             yield row
 

@@ -278,7 +278,8 @@ def test_hard_sigmoid_by_hand_is_a_gate_like_the_operation():
 
 
 @pytest.mark.parametrize("end", [lambda z: z.softmax(1), lambda z: z.log_softmax(1), torch.sigmoid,
-                                 lambda z: z.softmax(1).view(len(z), -1).clone()])  # fmt: skip
+                                 lambda z: z.softmax(1).view(len(z), -1).clone(),
+        lambda z: z.softmax(1).topk(1, 1).values])  # fmt: skip
 def test_a_network_that_answers_with_probabilities_is_explained_by_its_scores(end):
     net = Fn(lambda _, x: end(torch.cat([H1(x), x[:, :1]], 1)))
     r = ruled(net, row(3, 1))
@@ -632,6 +633,17 @@ def test_what_rules_cannot_enter_is_refused_and_nothing_is_left_behind(inner, sa
             ruled(net, row(3, 1), chosen)
 
 
+def test_library_operations_with_a_backward_of_their_own_are_no_strangers():
+    import torchvision
+
+    boxes = torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]])
+    net = Fn(lambda _, x: F.relu(torchvision.ops.roi_align(F.relu(x), boxes, 2)).sum((2, 3)))
+    x = noise(1, 3, 6, 6)
+    r = ruled(net, x)
+    assert float(r.closure) < 1e-5
+    assert float(r.relevance.sum()) == pytest.approx(float(r.scores), rel=1e-5)
+
+
 def test_a_score_that_no_relevance_leads_to_is_refused():
     net = Fn(lambda m, x: m.b(m.a(x)).exp() + 1, a=H1.a, b=H1.b)
     with pytest.raises(errors.Unsupported, match=r"what 'exp' \(exp\) returns counts as a constant"):
@@ -719,13 +731,20 @@ def test_the_composite_is_chosen_by_the_architecture():
         with engine.session():
             return rules.run(engine, noise(1, 3, size, size), composite("auto", **options), main)
 
-    convolutional, tokens, depthwise = becomes(kind("residual")), becomes(kind("tokens")), becomes(kind("mixed"))
-    assert (convolutional.rules.name, convolutional.rules.bias) == ("epsilon_plus_flat", True)
-    assert (tokens.rules.name, depthwise.rules.name) == ("cp", "epsilon_plus_flat")
-    assert not depthwise.rules.bias
-    assert "composite=" in tokens.notes[0]
-    told = becomes(kind("mixed"), bias=True, epsilon=0.01)
-    assert (told.rules.bias, told.rules.epsilon) == (True, 0.01)
+    def chosen(module):
+        return becomes(made(module)).rules.name
+
+    convolutional, tokens = becomes(kind("residual")), becomes(kind("tokens"))
+    assert (convolutional.rules.name, tokens.rules.name) == ("epsilon_plus_flat", "cp")
+    assert "the network is made of tokens; composite=" in tokens.notes[0]
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    assert chosen(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), *head)) == "epsilon_plus_flat"
+    assert chosen(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.SiLU(), *head)) == "epsilon_gamma_flat"
+    depthwise = becomes(made(lambda: nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 6, 1), nn.ReLU(), *head)))
+    assert depthwise.rules.name == "epsilon_gamma_flat"
+    assert "depthwise" in depthwise.notes[0]
+    told = becomes(kind("mixed"), bias=False, epsilon=0.01)
+    assert (told.rules.bias, told.rules.epsilon) == (False, 0.01)
     assert hash(composite("auto", epsilon=0.1)) == hash(composite("auto", epsilon=0.1))
     with pytest.raises(errors.UnknownName, match="did you mean epsilon_plus"):
         composite("epsilon_pluss")

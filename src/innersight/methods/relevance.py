@@ -27,7 +27,7 @@ def lrp(
     composite: str = "auto",
     epsilon: float = 1e-6,
     gamma: float = 0.25,
-    bias: Any = None,
+    bias: bool = True,
     low: Any = None,
     high: Any = None,
     channels: bool = False,
@@ -41,8 +41,8 @@ def lrp(
                epsilon: by contribution, everywhere; on networks of ReLU that is gradient times input.
                epsilon_plus, epsilon_plus_flat, epsilon_plus_w2: convolutions by positive contributions, linear layers
                by all; the first layer evenly, or by its squared weights.
-               epsilon_gamma, epsilon_gamma_box: convolutions favour contributions of the sum's sign; the first layer
-               counts from the ends of the picture's range. Finer, signed.
+               epsilon_gamma, epsilon_gamma_flat, epsilon_gamma_box: convolutions favor contributions of the sum's sign;
+               the first layer evenly, or counted from the ends of the picture's range. Finer, signed.
                epsilon_alpha2_beta1, epsilon_alpha2_beta1_flat: convolutions by positive contributions, twice, less
                by negative ones; explodes on attention.
                zplus, alpha2_beta1, gamma: one rule everywhere.
@@ -50,9 +50,10 @@ def lrp(
                too (Achtibat et al. 2024).
     epsilon:   what keeps small sums from counting; larger takes relevance away
     gamma:     by how much contributions of the sum's sign are favoured
-    bias:      whether biases take part where positive parts are summed; default not in depthwise networks
+    bias:      whether biases take part in the sums by which convolutions share out; without them more reaches the
+               picture, but where a sum is little more than its bias, parts grow large
     low, high: the range of the input for epsilon_gamma_box, a number or one for each channel; default that of the image
-    channels:  keep the colours apart, `(N, C, H, W)`
+    channels:  keep the colors apart, `(N, C, H, W)`
     """
     from innersight.observe.composites import composite as named
 
@@ -93,9 +94,9 @@ def guided_backprop(look: Look, channels: bool = False) -> torch.Tensor:
     """The gradient with every negative signal stopped at each ReLU, on the way up and on the way back.
 
     Fine edges; what it draws depends more on the picture than on the class. By its largest absolute value over the
-    colours. Networks without ReLU have the plain gradient, and are told.
+    colors. Networks without ReLU have the plain gradient, and are told.
 
-    channels: keep the colours apart and the sign, `(N, C, H, W)`.
+    channels: keep the colors apart and the sign, `(N, C, H, W)`.
     """
     from innersight.observe.composites import GUIDED
 
@@ -114,9 +115,9 @@ def guided_backprop(look: Look, channels: bool = False) -> torch.Tensor:
 def deconvolution(look: Look, channels: bool = False) -> torch.Tensor:
     """The score sent back through the transposed network, its ReLUs applied to what comes back.
 
-    By its largest absolute value over the colours. Strided layers leave a grid in it.
+    By its largest absolute value over the colors. Strided layers leave a grid in it.
 
-    channels: keep the colours apart and the sign, `(N, C, H, W)`.
+    channels: keep the colors apart and the sign, `(N, C, H, W)`.
     """
     from innersight.observe.composites import DECONVOLUTION
 
@@ -135,9 +136,9 @@ def deconvolution(look: Look, channels: bool = False) -> torch.Tensor:
 def guided_gradcam(look: Look, channels: bool = False) -> torch.Tensor:
     """Guided backprop where Grad-CAM finds evidence: the product of both, of the picture's size.
 
-    By its largest absolute value over the colours.
+    By its largest absolute value over the colors.
 
-    channels: keep the colours apart and the sign, `(N, C, H, W)`.
+    channels: keep the colors apart and the sign, `(N, C, H, W)`.
     """
     from torch.nn.functional import interpolate
 
@@ -165,7 +166,7 @@ def excitation_backprop(look: Look, contrastive: bool = False, channels: bool = 
 
     contrastive: less the walk of the class with its weights negated, so that only what speaks for this class rather
                  than for any remains; the map then has both signs.
-    channels:    keep the colours apart, `(N, C, H, W)`.
+    channels:    keep the colors apart, `(N, C, H, W)`.
     """
     from innersight.observe.composites import CONTRASTIVE, EXCITATION
 

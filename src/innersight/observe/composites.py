@@ -517,6 +517,7 @@ COMPOSITES: Mapping[str, Rules] = {
         _composite("epsilon_plus_flat", zplus, epsilon, flat),
         _composite("epsilon_plus_w2", zplus, epsilon, w2),
         _composite("epsilon_gamma", gamma, epsilon),
+        _composite("epsilon_gamma_flat", gamma, epsilon, flat),
         _composite("epsilon_gamma_box", gamma, epsilon, zbox),
         _composite("epsilon_alpha2_beta1", alpha_beta, epsilon),
         _composite("epsilon_alpha2_beta1_flat", alpha_beta, epsilon, flat),
@@ -532,43 +533,40 @@ CONTRASTIVE = replace(EXCITATION, name="contrastive excitation backprop", last=c
 
 
 def composite(name: str, **options: Any) -> Rules:
-    """The composite of that name, "auto" for one that fits the network; `options` are fields of `Rules`.
-
-    bias: None lets the network decide: not where positive biases would take what passes a bottleneck.
-    """
+    """The composite of that name, "auto" for one that fits the network; `options` are fields of `Rules`."""
     if name == "auto":
         return _ByArchitecture("auto", RELEVANCE, given=tuple(sorted(options.items())))
     if name not in COMPOSITES:
         raise errors.unknown("composite", name, ["auto", *COMPOSITES])
-    return _told(COMPOSITES[name], options)
+    return replace(COMPOSITES[name], **options)
 
 
-def _told(rules: Rules, options: Mapping[str, Any]) -> Rules:
-    return replace(rules, **{k: v for k, v in options.items() if k != "bias" or v is not None})
+_SIGNED = frozenset("gelu silu elu selu celu mish hardswish leaky_relu prelu rrelu tanh softsign swish glu".split())
 
 
 @dataclass(frozen=True)
 class _ByArchitecture(Rules):
-    """Becomes one of the composites when it sees the network."""
+    """Becomes one of the composites when it sees the network.
+
+    The rule of positive contributions divides by what may be nothing where a negative sum is passed on, by activations
+    that are not rectifiers or by layers without one (the bottlenecks of depthwise networks): benchmarks/books.py.
+    """
 
     given: tuple[tuple[str, Any], ...] = ()
 
     def choose(self, recording: Recording) -> tuple[Rules, str]:
-        given = dict(self.given)
         convolutions = [n for n in recording.nodes if n.op in CONVOLUTIONS]
-        patches = [n for n in convolutions if _is_patch_embedding(n)]
         dense = [n for n in recording.nodes if n.op == "linear"]
-        if len(convolutions) == len(patches) and len(dense) > 3 and any(len(n.shape) > 2 for n in dense):
-            return _told(COMPOSITES["cp"], given), (
-                "composite cp (gamma's rule, attention weights and norms as constants): the network is made of tokens; "
-                "composite= changes it"
-            )
-        rules = COMPOSITES["epsilon_plus_flat"]
-        why = "composite epsilon_plus_flat"
-        if given.get("bias") is None and any(_is_depthwise(n) for n in convolutions):
-            given["bias"] = False
-            why += ", biases left out where positive parts are summed, as they would take most in depthwise networks"
-        return _told(rules, given), f"{why}; composite= changes it"
+        tokens = len(dense) > 3 and any(len(n.shape) > 2 for n in dense)
+        if tokens and all(map(_is_patch_embedding, convolutions)):
+            name, why = "cp", "the network is made of tokens"
+        elif any(map(_is_depthwise, convolutions)):
+            name, why = "epsilon_gamma_flat", "the network has depthwise convolutions"
+        elif signed := next((n.op for n in recording.nodes if n.op in _SIGNED), ""):
+            name, why = "epsilon_gamma_flat", f"the network passes negative values on ({signed})"
+        else:
+            name, why = "epsilon_plus_flat", "the network is made of convolutions and rectifiers"
+        return composite(name, **dict(self.given)), f"composite {name}, since {why}; composite= changes it"
 
 
 def _weight_shape(node: Node) -> tuple[int, ...]:

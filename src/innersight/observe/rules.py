@@ -198,6 +198,7 @@ class _Passed(torch.autograd.Function):
 # The plan: what stands where in this network
 
 _ENDS = frozenset("softmax log_softmax sigmoid".split())
+_CHOICES = frozenset("getitem reshape flatten topk sort cat concat stack gather index_select masked_select".split())
 
 
 @dataclass
@@ -231,11 +232,12 @@ def _plan(recording: Recording, rules: Rules) -> _Plan:
             plan.gates.add(node.index)
         if node.op in CONVOLUTIONS | PRODUCTS:
             plan.last = node.index
-    ends = outputs
-    while ends:  # backwards over what only changes the shape
+    ends, seen = outputs, set(outputs)
+    while ends:  # backwards over what only changes the shape or, as detectors do, picks the best
         found = [nodes[i] for i in ends]
         plan.ends |= {n.index for n in found if n.op in _ENDS}
-        ends = {i for n in found if n.kind in ("view", "copy") for i in n.inputs}
+        ends = {i for n in found if n.kind in ("view", "copy") or n.op in _CHOICES for i in n.inputs} - seen
+        seen |= ends
     return plan
 
 
@@ -313,6 +315,7 @@ class _Ruling(Runner):
         self.folded: dict[int, Op] = {}
         self.sides: dict[int, tuple[weakref.ref, Side]] = {}
         self.saved: dict[int, list[_Saved]] = {}
+        self.backwards: set[type] = {_BACK}  # of graphs that operations made under our eyes
         self.writes = any(call.writes for call in self.calls)
         if start[1] is not None:
             self.sides[id(start[0])] = weakref.ref(start[0]), start[1]
@@ -343,6 +346,10 @@ class _Ruling(Runner):
             if node.index in self.made_part and op.linear is not None:
                 self.folded[node.index] = op  # the rule is applied at the batch norm behind it
                 return _without_grad(func, args, kwargs)
+            if self.rules.entry(op.name) is None and target is None:
+                out = _without_grad(func, args, kwargs)
+                if not any(t.is_floating_point() or t.is_complex() for t in observer.tensors_in(out)):
+                    return out  # an index, a comparison: no relevance passes it
             rule = self.rule(op, node)
             self.met[rule.name] += 1
             sides = [self.side_of(i) for i in op.inputs] if self.sides and op.side is None else []
@@ -372,7 +379,9 @@ class _Ruling(Runner):
         """The operation with its own value, and, in the place of its graph, what the rule says."""
         if rule is OWN:
             self.protect(target)
-            return func(*filled(op.args, op.inputs), **filled(op.kwargs, op.inputs))
+            out = func(*filled(op.args, op.inputs), **filled(op.kwargs, op.inputs))
+            self.backwards.update(type(t.grad_fn) for t in observer.tensors_in(out))
+            return out
         if target is not None and rule is CONSTANT and not target._is_view():
             target.detach_()  # else what is written into it would count as what was there before
         fresh = None if target is None else target.detach().clone()
@@ -419,7 +428,7 @@ class _Ruling(Runner):
             )
         for value in op.inputs:
             made = value.grad_fn
-            if isinstance(made, torch.autograd.function.BackwardCFunction) and type(made) is not _BACK:
+            if isinstance(made, torch.autograd.function.BackwardCFunction) and type(made) not in self.backwards:
                 raise errors.Unsupported(
                     f"layer {op.layer!r} reads what a torch.autograd.Function made ({type(made).__name__}), whose "
                     f"backward is its author's: {self.rules.name} cannot go through it; use the plain operations"
