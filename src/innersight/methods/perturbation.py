@@ -290,7 +290,7 @@ def sobol(look: Look, grid: int = 11, designs: int = 32, fill: Any = "zero", see
 _STEPS = 800  # of the authors' code, whose rates these are
 _RATE, _MOMENTUM, _WEIGHT, _GROWTH = 0.01, 0.9, 300.0, 1.0035
 _LEVELS, _COLDNESS = 8, 20.0
-_REWARD = 100.0  # what the way from everything hidden to the whole picture counts against that weight of the area
+_REWARD = 40.0  # what the way from everything hidden to the whole picture counts: as in the logits they had
 
 
 @method(
@@ -308,8 +308,9 @@ def extremal_perturbation(
     """The smooth mask of a given area through which the score is highest, everything else blurred.
 
     Mask and blur are in proportion to the picture as the authors have them at 224 pixels (cells of 7, bumps of 21, blur
-    of up to 20); their 800 steps are walked in `steps` longer ones. The area is that of the picture, theirs counts a
-    margin around it, too.
+    of up to 20), and the score is scaled to their range, so that its units do not matter. Their 800 steps are walked in
+    `steps` longer ones; more find masks with a higher score. The area is that of the picture, theirs counts a margin
+    around it, too. `masked_score` in the verdict is the score of what shows, `area` the area it came to.
 
     area:   share of the picture that shows; of several, `[0.05, 0.1, 0.2]`, the map is the mean mask
     steps:  of the search
