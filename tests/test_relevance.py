@@ -375,6 +375,14 @@ def test_excitation_backprop_gives_probabilities():
     assert both_signs.min() < 0 < both_signs.max()
 
 
+def test_contrastive_excitation_backprop_wants_weights_that_make_the_scores():
+    pooled = made(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    net, x = opened(pooled, 3, 8, 8), noise(1, 3, 8, 8)
+    assert net.explain(x, method="excitation_backprop").values.sum() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(errors.Unsupported, match="the scores are made from those by further operations"):
+        net.explain(x, method="excitation_backprop", contrastive=True)
+
+
 # -- the methods
 
 

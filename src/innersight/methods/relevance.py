@@ -165,7 +165,7 @@ def excitation_backprop(look: Look, contrastive: bool = False, channels: bool = 
     sums to 1; elsewhere `input_share` in the verdict says to what.
 
     contrastive: less the walk of the class with its weights negated, so that only what speaks for this class rather
-                 than for any remains; the map then has both signs.
+                 than for any remains; the map then has both signs. For networks that end in a linear layer.
     channels:    keep the colors apart, `(N, C, H, W)`.
     """
     from innersight.observe.composites import CONTRASTIVE, EXCITATION

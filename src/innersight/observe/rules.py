@@ -208,13 +208,13 @@ class _Plan:
     folds:  batch norm -> the convolution it is made part of
     gates:  what is a sigmoid written out of other operations: relu6(x + 3) / 6
     ends:   what turns the scores into probabilities at the very end
-    last:   the last linear map
+    last:   the linear maps whose results are the scores
     """
 
     folds: dict[int, int] = field(default_factory=dict)
     gates: set[int] = field(default_factory=set)
     ends: set[int] = field(default_factory=set)
-    last: int = -1
+    last: set[int] = field(default_factory=set)
 
 
 def _plan(recording: Recording, rules: Rules) -> _Plan:
@@ -230,13 +230,13 @@ def _plan(recording: Recording, rules: Rules) -> _Plan:
             plan.folds[node.index] = conv.index
         if _is_hard_sigmoid(node, nodes, readers):
             plan.gates.add(node.index)
-        if node.op in CONVOLUTIONS | PRODUCTS:
-            plan.last = node.index
     ends, seen = outputs, set(outputs)
     while ends:  # backwards over what only changes the shape or, as detectors do, picks the best
         found = [nodes[i] for i in ends]
         plan.ends |= {n.index for n in found if n.op in _ENDS}
-        ends = {i for n in found if n.kind in ("view", "copy") or n.op in _CHOICES for i in n.inputs} - seen
+        plan.last |= {n.index for n in found if n.op in CONVOLUTIONS | PRODUCTS}
+        passed = [n for n in found if n.kind in ("view", "copy") or n.op in _CHOICES or n.op in _ENDS]
+        ends = {i for n in passed for i in n.inputs} - seen
         seen |= ends
     return plan
 
@@ -369,7 +369,7 @@ class _Ruling(Runner):
                 f"{self.rules.name} has no rule for the operation {op.name!r} (layer {op.layer!r}); gradient_x_input "
                 "and integrated_gradients need none"
             )
-        op.last = op.node.index == self.plan.last
+        op.last = op.node.index in self.plan.last
         if self.sides and self.rules.first is not None and len(op.inputs) == 1 and op.linear is not None:
             op.side = self.side_of(op.inputs[0])
         return entry if isinstance(entry, (Way, Surrogate)) else entry(op)
@@ -645,6 +645,11 @@ def _run(
     keep: Keep | None,
 ) -> Ruled:
     plan = _plan(recording, rules)
+    if rules.last is not None and not plan.last:
+        raise errors.Unsupported(
+            f"{rules.name} negates the weights that make the scores; here the scores are made from those by further "
+            "operations (a pool, a sum), so there are none"
+        )
     nodes = {name: recording.find(name) for name in layers}
     for name, node in nodes.items():
         if (norm := next((b for b, conv in plan.folds.items() if conv == node.index), None)) is not None:

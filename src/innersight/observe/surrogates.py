@@ -82,7 +82,7 @@ class Rules:
     table:   operation -> what it does on the way back; see the module's text
     others:  what operations do that are not in the table; None refuses them
     conv, dense: what `linear_map`, the entry of convolutions and matrix products with weights, chooses
-    first:   ... for those that read the picture itself; last: for the last one of all. None: as all others
+    first:   ... for those that read the picture itself; last: for those that make the scores. None: as all others
     ends:    the rule of a softmax or sigmoid that makes the network's answer
     epsilon, gamma, alpha, beta: numbers of the rules of that name
     bias:    whether biases take part in the sums by which relevance is split (epsilon's rule aside, where they do)
