@@ -423,3 +423,11 @@ def test_an_error_leaves_the_model_as_it_was_in_train_mode_too(fail):
     net.module.train()
     with left_as_found(net.module), pytest.raises((errors.InnersightError, ZeroDivisionError)):
         fail(net, noise(2, 3, 16, 16))
+
+
+def test_an_empty_list_of_layers_or_methods_is_refused():
+    net, x = small_network("residual"), noise(1, 3, 16, 16)
+    with pytest.raises(errors.InputError, match="layer= is empty"):
+        net.explain(x, "gradcam", layer=[])
+    with pytest.raises(errors.InputError, match="method= is empty"):
+        net.explain(x, [])

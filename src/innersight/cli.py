@@ -100,10 +100,12 @@ def _sentence(error: Exception) -> str:
     return _as_options(" ".join(str(error).split()))
 
 
-_FLAGS = {"output=": "--output-name ", "layers=": "--layer ", "trust=True": "--trust", "limit=None": "--limit 0"}
-_KEYWORD = re.compile(
-    r"(?<![\w.-])(?:trust=True|limit=None|(?:arch|fuse|weights|labels|layers?|input_shape|preprocess|output|device|target|channel|at)=)"
-)
+_FLAGS = {
+    "output=": "--output-name ", "layers=": "--layer ", "trust=True": "--trust", "limit=None": "--limit 0",
+    "composite=": "--option composite=",
+}  # fmt: skip
+_NAMES = "arch fuse weights labels layers? input_shape preprocess output device method target channel at composite"
+_KEYWORD = re.compile(rf"(?<![\w.-])(?:trust=True|limit=None|(?:{'|'.join(_NAMES.split())})=)")
 
 
 def _as_options(text: str) -> str:

@@ -353,6 +353,8 @@ class Network:
         inputs = self.read(images)
         inquiry = Inquiry(self, inputs.tensor, target)
         names = [layer] if layer is None or isinstance(layer, str) else list(layer)
+        if not names:
+            raise errors.InputError("layer= is empty: name one or more, or leave it out for the last with a grid")
         chosen: list[tuple[Layer | None, str]] = [(None, "")]
         if any("layer" in m.needs for m in methods):
             chosen = [inquiry.layer(name) for name in names]
