@@ -188,3 +188,15 @@ def test_fullgrad_is_the_definition_on_a_network_of_relu():
 def test_fullgrad_is_complete(name):
     s = small_network(name).explain(noise(2, 3, 16, 16), "fullgrad", target=1)
     assert max(s.verdict["completeness_error"]) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["deeplift", "lrp", "fullgrad"])
+def test_a_pass_under_rules_keeps_to_the_memory_budget(method):
+    """Its images are those of the clean pass, which alone would need far less."""
+    net, x, sizes = small_network("residual"), noise(6, 3, 16, 16), []
+    whole = net.explain(x, method, target=1)
+    net.engine.budget = 120_000
+    with net.module.conv1.register_forward_hook(lambda _m, args, _out: sizes.append(args[0].shape[0])):
+        parts = net.explain(x, method, target=1)
+    assert max(sizes) < 6
+    assert close(parts.values, whole.values)

@@ -506,3 +506,19 @@ def test_two_points_of_the_way_are_halfway_apart_once_more():
     assert _to_halve(misses, 0.05) == [0.125, 0.375]
     even = dict(zip(itertools.pairwise([0.0, 0.5, 1.0]), (0.4, -0.4), strict=True))
     assert _to_halve(even, 0.1) == [0.25, 0.75]  # that they cancel is no reason to stop
+
+
+def test_the_method_that_the_documents_show_is_smoothgrad(monkeypatch):
+    """Each Python block of docs/adding-a-method.md that defines one runs as it stands."""
+    import re
+    from pathlib import Path
+
+    from innersight import methods
+
+    monkeypatch.setattr(methods, "_registry", dict(methods._registry))
+    text = (Path(__file__).parent.parent / "docs" / "adding-a-method.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, {"torch": torch, "method": methods.method, "Look": methods.Look})
+    net, x = small_network("residual"), noise(2, 3, 16, 16)
+    shown = net.explain(x, "smooth", target=1)
+    assert close(shown.values, net.explain(x, "smoothgrad", target=1).values)

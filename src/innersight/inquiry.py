@@ -99,7 +99,10 @@ class Inquiry:
             self.net._learn(self.x[:1])
             self._tokens = self._token_grid(questions)
             start = 0
-            for passed in self._clean(request):
+            # A pass under rules holds on to as much as one with gradients, and sees all images of the clean pass.
+            ruled = any("rules" in q.method.visits for q in questions)
+            size = self.engine.chunk_size(self.x, replace(request, gradients=[INPUT]) if ruled else request)
+            for passed in self._clean(request, size):
                 assert passed.scores is not None
                 rows = range(start, start + len(passed.scores))
                 shared: dict[Any, Any] = {}
@@ -121,7 +124,7 @@ class Inquiry:
         recording = self.engine.recording(self.x, opened=True)
         return token_grid(recording, self.net._geometry_of(recording), about[0], self.net.name)
 
-    def _clean(self, request: Request) -> Iterator[Pass]:
+    def _clean(self, request: Request, size: int) -> Iterator[Pass]:
         start = 0
 
         def score(output: Any) -> torch.Tensor:
@@ -132,7 +135,7 @@ class Inquiry:
             self._texts.update(zip(rows, self.goal.texts(main.detach(), part), strict=True))
             return value
 
-        for passed in self.run(self.x, request, score):
+        for passed in self.run(self.x, request, score, size=size):
             yield passed
             assert passed.scores is not None
             start += len(passed.scores)
@@ -140,14 +143,17 @@ class Inquiry:
     # -- passes
 
     def run(
-        self, x: torch.Tensor, request: Request, score: Callable[[Any], torch.Tensor], count: int | None = None
-    ) -> Iterator[Pass]:
+        self, x: torch.Tensor, request: Request, score: Callable[[Any], torch.Tensor], count: int | None = None,
+        size: int | None = None,
+    ) -> Iterator[Pass]:  # fmt: skip
         """The request on images or points, in parts that fit the memory; each pass with its scores.
 
         count: of how many points these are a part
+        size:  of the parts; default what fits
         """
         request = replace(request, score=score)
-        size = self.engine.chunk_size(x if count is None else x[:1].expand(count, *x.shape[1:]), request)
+        if size is None:
+            size = self.engine.chunk_size(x if count is None else x[:1].expand(count, *x.shape[1:]), request)
         for passed in self.engine.chunks(x, lambda part, _: self.engine.run(part, request, count or 1), size):
             if passed.scores is None:  # no gradient was asked for, so nothing was differentiated
                 with torch.no_grad():
@@ -327,8 +333,10 @@ class _Answering(Look):
         from innersight.observe import rules as backward_rules
 
         inquiry, rows = self._inquiry, self._rows
-        key = (rules, rows, None if baseline is None else id(baseline))
-        if key not in self._shared or keep is not None:
+        key = (rules, rows)
+        again = baseline is not None or keep is not None  # then it is this method's own
+        ruled = None if again else self._shared.get(key)
+        if ruled is None:
             table = inquiry.net._layers_for(inquiry.x)
 
             def score(output: Any) -> torch.Tensor:
@@ -340,12 +348,14 @@ class _Answering(Look):
                 return keep(layer, layer.to_grid(taken)) if keep and layer and layer.spatial else None
 
             x = inquiry.x[rows.start : rows.stop]
-            self._shared[key] = backward_rules.run(
+            ruled = backward_rules.run(
                 inquiry.engine, x, rules, score, baseline, keep=None if keep is None else on_grid
             )
-        for sentence in self._shared[key].notes:
+            if not again:
+                self._shared[key] = ruled
+        for sentence in ruled.notes:
             self.note(sentence)
-        return self._shared[key]
+        return ruled
 
     def without_channels(self) -> torch.Tensor:
         (image,) = self._rows

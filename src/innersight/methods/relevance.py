@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from innersight.methods import Look, method
@@ -11,14 +12,10 @@ if TYPE_CHECKING:  # a list of the methods needs no torch
 
     from innersight.observe.rules import Ruled
 
-_PASSES = "2 forward, 1 backward under rules"
+_ruled = partial(method, family="relevance", reads=(), visits=("rules",), passes="2 forward, 1 backward under rules")
 
 
-@method(
-    family="relevance",
-    reads=(),
-    visits=("rules",),
-    passes=_PASSES,
+@_ruled(
     unit="share of the score",
     paper="Bach et al.: On Pixel-Wise Explanations by Layer-Wise Relevance Propagation, PLoS ONE 2015",
 )
@@ -82,12 +79,8 @@ def _tell(look: Look, ruled: Ruled) -> None:
         )
 
 
-@method(
-    family="relevance",
-    reads=(),
-    visits=("rules",),
+@_ruled(
     signed=False,
-    passes=_PASSES,
     paper="Springenberg et al.: Striving for Simplicity, ICLR workshop 2015 (arXiv:1412.6806)",
 )
 def guided_backprop(look: Look, channels: bool = False) -> torch.Tensor:
@@ -104,12 +97,8 @@ def guided_backprop(look: Look, channels: bool = False) -> torch.Tensor:
     return g if channels else g.abs().amax(1)
 
 
-@method(
-    family="relevance",
-    reads=(),
-    visits=("rules",),
+@_ruled(
     signed=False,
-    passes=_PASSES,
     paper="Zeiler, Fergus: Visualizing and Understanding Convolutional Networks, ECCV 2014 (arXiv:1311.2901)",
 )
 def deconvolution(look: Look, channels: bool = False) -> torch.Tensor:
@@ -125,10 +114,8 @@ def deconvolution(look: Look, channels: bool = False) -> torch.Tensor:
     return g if channels else g.abs().amax(1)
 
 
-@method(
-    family="relevance",
+@_ruled(
     reads=("layer.value", "layer.gradient"),
-    visits=("rules",),
     signed=False,
     passes="2 forward, 2 backward, one under rules",
     paper="Selvaraju et al.: Grad-CAM, ICCV 2017 (arXiv:1610.02391)",
@@ -150,11 +137,7 @@ def guided_gradcam(look: Look, channels: bool = False) -> torch.Tensor:
     return product if channels else product.abs().amax(1)
 
 
-@method(
-    family="relevance",
-    reads=(),
-    visits=("rules",),
-    passes=_PASSES,
+@_ruled(
     unit="probability that a walk from the class ends here",
     paper="Zhang et al.: Top-down Neural Attention by Excitation Backprop, ECCV 2016 (arXiv:1608.00507)",
 )
