@@ -222,7 +222,8 @@ def markdown(results: Sequence[Result], rounds: int) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make benchmark`. Ratios of wall time; the first row of each table is the unit. A cell holds the "
+        f"Written by `benchmarks/run.py {' '.join(sys.argv[1:])}`. Ratios of wall time; the first row of each table is "
+        "the unit. A cell holds the "
         f"median over {rounds} interleaved rounds and, in brackets, the fastest call over the unit's fastest call, "
         "which other programs on the machine disturb least. Batch 1 where nothing else is said, 224x224, random "
         "weights, BatchNorm statistics from one pass over noise.",
