@@ -1,7 +1,7 @@
 """More jobs: explanations that run the network many times, or under rules of their own. See peers.py for what a job is.
 
-Each is heavy, so these are the settings of which a round takes seconds, not hours; ratios to the unit are those of
-longer ones, since every candidate's time is a multiple of the points it visits.
+Each is heavy, so these are settings of which a round takes seconds. What is done once a request (a clean run, folding
+weights) weighs more here than in longer ones: RISE with 4,000 masks is not measured by RISE with 128.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ SMOOTH = Job(
 )  # fmt: skip
 OCCLUSION = Job(
     "occlusion", "Occlusion, window 32, stride 16",
-    "Unit: Captum at the best of its batch sizes that were tried (1, 8, 16, 32: 16).", reference=0,
+    "Unit: Captum, 16 windows at a time. How windows that overlap are averaged differs, so values are not compared.",
+    reference=0,
 )  # fmt: skip
 ABLATION = Job("ablationcam", "Ablation-CAM at the last stage", "Unit: a bare forward of one image.", reference=1)
 SCORE = Job(
@@ -37,8 +38,8 @@ RISE = Job(
 )  # fmt: skip
 LRP = Job(
     "lrp", "LRP, composite epsilon-plus-flat",
-    "Unit: a forward and a backward to the input, frozen parameters. Zennit's and ours agree in the tests, where "
-    "epsilon is set to the same.", reference=0,
+    "Unit: a forward and a backward to the input, frozen parameters. Rules differ in where epsilon stands, so values "
+    "are not compared here; tests/test_relevance.py does, with epsilon set alike.", reference=0,
 )  # fmt: skip
 DEEPLIFT = Job(
     "deeplift", "DeepLIFT against zero", "Unit: a forward and a backward to the input, frozen parameters.", reference=0
@@ -83,12 +84,15 @@ def ig_by_hand(s: Subject) -> Run:
             total += (w * g).sum(0, keepdim=True)
         return total * x
 
-    return Run(call)
+    return Run(call, lambda found: [found.sum(1)])
 
 
 @IG.by("innersight", f'`net.explain(x, "integrated_gradients", steps={STEPS})`')
 def ig_fixed(s: Subject) -> Run:
-    return Run(lambda: s.net.explain(_one(s), "integrated_gradients", target=s.target, steps=STEPS))
+    return Run(
+        lambda: s.net.explain(_one(s), "integrated_gradients", target=s.target, steps=STEPS),
+        lambda found: [found.values],
+    )
 
 
 @IG.by("innersight", '`net.explain(x, "integrated_gradients")`: until complete to 1%')
@@ -100,7 +104,10 @@ def _captum_ig(s: Subject, batch: int | None) -> Run:
     from captum.attr import IntegratedGradients
 
     attribution, x = IntegratedGradients(s.twin()), _one(s)
-    return Run(lambda: attribution.attribute(x, target=s.target, n_steps=STEPS, internal_batch_size=batch).detach())
+    return Run(
+        lambda: attribution.attribute(x, target=s.target, n_steps=STEPS, internal_batch_size=batch).detach(),
+        lambda found: [found.sum(1)],
+    )
 
 
 @IG.by("Captum", f"`IntegratedGradients`, internal_batch_size={CHUNK}, frozen parameters")
@@ -108,7 +115,7 @@ def captum_ig_chunked(s: Subject) -> Run:
     return _captum_ig(s, CHUNK)
 
 
-@IG.by("Captum", "`IntegratedGradients` as its README shows it, frozen parameters")
+@IG.by("Captum", "`IntegratedGradients` its default (all steps at once), frozen parameters")
 def captum_ig(s: Subject) -> Run:
     return _captum_ig(s, None)
 
@@ -185,7 +192,17 @@ def captum_occlusion(s: Subject) -> Run:
     return _captum_occlusion(s, CHUNK)
 
 
-@OCCLUSION.by("Captum", "`Occlusion` as its README shows it, one at a time")
+@OCCLUSION.by("Captum", "`Occlusion`, perturbations_per_eval=8")
+def captum_occlusion_few(s: Subject) -> Run:
+    return _captum_occlusion(s, 8)
+
+
+@OCCLUSION.by("Captum", "`Occlusion`, perturbations_per_eval=32")
+def captum_occlusion_many(s: Subject) -> Run:
+    return _captum_occlusion(s, 32)
+
+
+@OCCLUSION.by("Captum", "`Occlusion`, its default, one at a time")
 def captum_occlusion_plain(s: Subject) -> Run:
     return _captum_occlusion(s, 1)
 

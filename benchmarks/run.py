@@ -228,15 +228,18 @@ def markdown(results: Sequence[Result], rounds: int) -> str:
         "which other programs on the machine disturb least. Batch 1 where nothing else is said, 224x224, random "
         "weights, BatchNorm statistics from one pass over noise.",
         "",
-        f"Before timing, the values of all candidates were compared with plain torch: equal within {TOLERANCE:g} of "
-        "the largest value where nothing else is said. Wrapping models, leaving hooks, tracing graphs and learning "
-        "the network is done once, outside of the time.",
+        "Before timing, the values of candidates are compared with the job's reference where their definitions agree; "
+        f"each table says whether that was so. Equal means within {TOLERANCE:g} of the largest value; what differs by "
+        "more is listed. Wrapping models, leaving hooks, tracing graphs and learning the network is done once, outside "
+        "of the time.",
         "",
         f"{platform.machine()}, {os.cpu_count()} CPU cores, {THREADS} threads; " + ", ".join(versions()) + ".",
     ]
     for key, found in by_job(results).items():
         lines += ["", f"## {JOBS[key].title}", "", JOBS[key].text, ""]
         lines += table_lines(found, cell)
+        compared = any(row.error is not None for result in found for row in result.rows)
+        lines += ["", "Values were compared." if compared else "Values were not compared."]
         if any(row.memory is not None for result in found for row in result.rows):
             lines += ["", "Peak memory above what was there before the call, MB:", ""]
             lines += table_lines(found, lambda row: "—" if row.memory is None else f"{row.memory:.0f}")
