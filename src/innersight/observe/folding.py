@@ -5,8 +5,10 @@ weights: one pass over the map less, forward and backward. On a CPU the maps the
 arithmetic is faster. The model is not touched and not copied: at the convolution's position it is run with other
 weights, at the BatchNorm's position its value is returned as it is.
 
-Rounding differs. Values are as near to the exact ones (in double precision) as those of a plain run; so are gradients,
-but a unit within rounding of a ReLU's kink may fall to the other side of it, in one run as in the other.
+Rounding differs. Values stay within 1e-5 of a plain run. Gradients do not where units lie within rounding of a ReLU's
+kink, which fall to either side of it: integrated gradients of an untrained ResNet-18 (50 steps, float32) differ by 5e-3
+of the largest value from plain torch, which itself is 2.5e-3 from double precision where folded runs are 4.0e-3; on
+MobileNetV3 both are 1.8e-3 from it.
 """
 
 from __future__ import annotations
