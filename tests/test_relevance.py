@@ -1,5 +1,6 @@
 """Relevance methods against what is not ours: zennit, Captum, the papers' formulas written out, cases by hand."""
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -17,7 +18,8 @@ from innersight.observe.composites import COMPOSITES
 from innersight.observe.passes import Engine
 from innersight.testing import small_network
 
-EPSILON = 1e-6
+# Zennit adds its epsilon at more places than the papers do (at sums and at pools), so the two agree as it vanishes.
+EPSILON = 1e-9
 
 
 def noise(*shape, seed=0):
@@ -141,7 +143,7 @@ def zennits(module, x, target, first, conv, dense, canonizers=()):
     from zennit.rules import Norm, Pass
     from zennit.types import Activation, AvgPool, Convolution, Linear
 
-    kinds = [(Activation, Pass()), (Sum, Norm()), (AvgPool, Norm()), (Convolution, conv), (Linear, dense)]
+    kinds = [(Activation, Pass()), (Sum, Norm(EPSILON)), (AvgPool, Norm(EPSILON)), (Convolution, conv), (Linear, dense)]
     if first is None:
         composite = LayerMapComposite(kinds, canonizers=list(canonizers))
     else:
@@ -153,16 +155,22 @@ def zennits(module, x, target, first, conv, dense, canonizers=()):
             return attributor(x.clone().requires_grad_(), torch.eye(outputs)[[target] * len(x)])[1]
 
 
-def agrees_with_zennit(module, x, target, name, tolerance, canonizers=()):
+def agrees_with_zennit(module, x, target, name, canonizers=()):
+    """In double precision; in single, the rounding of sums that cancel is all that could be compared."""
     ours, *theirs = pairs()[name]
-    r = ruled(module, x, ours, target)
-    agree(r.relevance / r.scores.view(-1, 1, 1, 1), zennits(module, x, target, *theirs, canonizers), tolerance)
+    module, x = module.double(), x.double()
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):  # what zennit leaves of a merged one still divides by sqrt(1 + eps)
+            m.running_var += m.eps - 1e-12
+            m.eps = 1e-12
+    r = ruled(module, x, replace(ours, epsilon=EPSILON), target)
+    agree(r.relevance / r.scores.view(-1, 1, 1, 1), zennits(module, x, target, *theirs, canonizers), 1e-5)
     assert float(r.closure.max()) < 1e-4
 
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_lrp_agrees_with_zennit_on_a_plain_network(name):
-    agrees_with_zennit(made(plain), noise(2, 3, 16, 16), 3, name, 2e-3)
+    agrees_with_zennit(made(plain), noise(2, 3, 16, 16), 3, name)
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -171,7 +179,7 @@ def test_lrp_agrees_with_zennit_on_a_residual_network_with_batch_norm(name):
     from zennit.canonizers import SequentialMergeBatchNorm
 
     module = made(lambda: ResNet20((8, 12), 1, zennit.layer.Sum))
-    agrees_with_zennit(module, noise(2, 3, 16, 16), 3, name, 2e-3, [SequentialMergeBatchNorm()])
+    agrees_with_zennit(module, noise(2, 3, 16, 16), 3, name, [SequentialMergeBatchNorm()])
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +208,7 @@ def squeezenet(shared_data):
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_lrp_agrees_with_zennit_on_trained_squeezenet(squeezenet, photographs, name):
-    agrees_with_zennit(squeezenet, photographs, 12, name, 5e-5)
+    agrees_with_zennit(copy.deepcopy(squeezenet), photographs, 12, name)
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -217,8 +225,7 @@ def test_lrp_agrees_with_zennit_on_trained_resnet20(shared_data, name):
     x = torch.stack([to_tensor(Image.open(f).convert("RGB")) for f in files])
     x = normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     target = int(module(x[:1]).argmax())
-    # Pure epsilon is a sum of large parts that cancel; zennit adds its epsilon at sums and pools as well.
-    agrees_with_zennit(module, x, target, name, 5e-3 if name == "epsilon" else 5e-4, [SequentialMergeBatchNorm()])
+    agrees_with_zennit(module, x, target, name, [SequentialMergeBatchNorm()])
 
 
 # -- Captum
