@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from peers import JOBS, Job, NotOffered, Run, Subject
 
-STEPS, SAMPLES, MASKS, CHUNK = 50, 25, 128, 16
+STEPS, SAMPLES, MASKS, CHUNK = 50, 25, 256, 16
 
 IG = Job(
     "integrated_gradients", f"Integrated gradients, {STEPS} steps",
-    f"Unit: {STEPS} forwards and backwards to the input, by hand, frozen parameters, {CHUNK} at a time.", reference=0,
+    f"Unit: {STEPS} forwards and backwards to the input, by hand, frozen parameters, one at a time.", reference=0,
 )  # fmt: skip
 SMOOTH = Job(
     "smoothgrad", f"SmoothGrad, {SAMPLES} samples",
-    f"Unit: {SAMPLES} forwards and backwards to the input, by hand, frozen parameters, {CHUNK} at a time. Everybody "
+    f"Unit: {SAMPLES} forwards and backwards to the input, by hand, frozen parameters, one at a time. Everybody "
     "draws noise of their own, so values are not compared.", reference=0,
 )  # fmt: skip
 OCCLUSION = Job(
@@ -34,7 +34,7 @@ SCORE = Job(
 )  # fmt: skip
 RISE = Job(
     "rise", f"RISE, {MASKS} masks",
-    f"Unit: as many bare forwards, {CHUNK} at a time. Everybody draws masks of their own.", reference=0,
+    "Unit: as many bare forwards, one at a time. Everybody draws masks of their own.", reference=0,
 )  # fmt: skip
 LRP = Job(
     "lrp", "LRP, composite epsilon-plus-flat",
@@ -48,10 +48,10 @@ for _job in (IG, SMOOTH, OCCLUSION, ABLATION, SCORE, RISE, LRP, DEEPLIFT):
     JOBS[_job.key] = _job
 
 
-def _gradients(model: torch.nn.Module, points: torch.Tensor, target: int) -> torch.Tensor:
+def _gradients(model: torch.nn.Module, points: torch.Tensor, target: int, chunk: int = CHUNK) -> torch.Tensor:
     """The sum of the input gradients at many points, some at a time."""
     total = torch.zeros_like(points[:1])
-    for part in points.split(CHUNK):
+    for part in points.split(chunk):
         part = part.clone().requires_grad_()
         total += torch.autograd.grad(model(part)[:, target].sum(), part)[0].sum(0, keepdim=True)
     return total
@@ -67,8 +67,7 @@ def _one(s: Subject) -> torch.Tensor:
 # Many gradients
 
 
-@IG.by("torch", "by hand: Gauss-Legendre points, frozen parameters")
-def ig_by_hand(s: Subject) -> Run:
+def _ig_by_hand(s: Subject, chunk: int) -> Run:
     import numpy as np
 
     model, x = s.twin(), _one(s)
@@ -78,13 +77,23 @@ def ig_by_hand(s: Subject) -> Run:
 
     def call() -> torch.Tensor:
         total = torch.zeros_like(x)
-        for a, w in zip(at.split(CHUNK), share.split(CHUNK), strict=True):
+        for a, w in zip(at.split(chunk), share.split(chunk), strict=True):
             part = (a * x).requires_grad_()
             g = torch.autograd.grad(model(part)[:, s.target].sum(), part)[0]
             total += (w * g).sum(0, keepdim=True)
         return total * x
 
     return Run(call, lambda found: [found.sum(1)])
+
+
+@IG.by("torch", "by hand: Gauss-Legendre points, frozen parameters, one at a time")
+def ig_by_hand(s: Subject) -> Run:
+    return _ig_by_hand(s, 1)
+
+
+@IG.by("torch", f"by hand, {CHUNK} at a time")
+def ig_by_hand_in_chunks(s: Subject) -> Run:
+    return _ig_by_hand(s, CHUNK)
 
 
 @IG.by("innersight", f'`net.explain(x, "integrated_gradients", steps={STEPS})`')
@@ -120,10 +129,19 @@ def captum_ig(s: Subject) -> Run:
     return _captum_ig(s, None)
 
 
-@SMOOTH.by("torch", "by hand, frozen parameters")
-def smooth_by_hand(s: Subject) -> Run:
+def _smooth_by_hand(s: Subject, chunk: int) -> Run:
     model, x = s.twin(), _one(s)
-    return Run(lambda: _gradients(model, x + 0.15 * torch.randn(SAMPLES, *x.shape[1:]), s.target))
+    return Run(lambda: _gradients(model, x + 0.15 * torch.randn(SAMPLES, *x.shape[1:]), s.target, chunk))
+
+
+@SMOOTH.by("torch", "by hand, frozen parameters, one at a time")
+def smooth_by_hand(s: Subject) -> Run:
+    return _smooth_by_hand(s, 1)
+
+
+@SMOOTH.by("torch", f"by hand, {CHUNK} at a time")
+def smooth_by_hand_in_chunks(s: Subject) -> Run:
+    return _smooth_by_hand(s, CHUNK)
 
 
 @SMOOTH.by("innersight", f'`net.explain(x, "smoothgrad", samples={SAMPLES})`')
@@ -279,16 +297,25 @@ def score_peer(s: Subject) -> Run:
     return _grad_cam(s, "ScoreCAM")
 
 
-@RISE.by("torch", "bare forwards, `no_grad`")
-def rise_unit(s: Subject) -> Run:
+def _forwards(s: Subject, chunk: int) -> Run:
     x = _one(s)
 
     @torch.no_grad()
     def call() -> None:
-        for _ in range(MASKS // CHUNK):
-            s.model(x.expand(CHUNK, *x.shape[1:]))
+        for _ in range(MASKS // chunk):
+            s.model(x.expand(chunk, *x.shape[1:]))
 
     return Run(call)
+
+
+@RISE.by("torch", "bare forwards, `no_grad`, one at a time")
+def rise_unit(s: Subject) -> Run:
+    return _forwards(s, 1)
+
+
+@RISE.by("torch", f"bare forwards, `no_grad`, {CHUNK} at a time")
+def rise_unit_in_chunks(s: Subject) -> Run:
+    return _forwards(s, CHUNK)
 
 
 @RISE.by("innersight", f'`net.explain(x, "rise", masks={MASKS})`')
