@@ -519,10 +519,16 @@ def test_files_that_are_not_what_their_suffix_claims(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".keras", ".h5", ".tflite"])
-def test_formats_to_come_say_so(tmp_path, suffix):
-    (tmp_path / f"model{suffix}").write_bytes(b"x")
-    with pytest.raises(InputError, match=f"opening {suffix} files is not supported yet"):
-        open_source(tmp_path / f"model{suffix}")
+def test_files_that_are_not_what_they_are_called_get_one_sentence(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"x")
+    with pytest.raises(InputError, match=f"model{suffix}") as error:
+        open_source(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="without arch="):
+        open_source(path, arch=Small)
+    with pytest.raises(InputError, match="has no use for it"):
+        open_source(path, **({"custom": {}} if suffix in (".onnx", ".tflite") else {"arithmetic": "float"}))
 
 
 def test_real_checkpoints(shared_data: Callable[..., Path]):

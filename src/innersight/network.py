@@ -33,11 +33,14 @@ def open(
     output: str | int | None = None,
     device: str | torch.device | None = None,
     trust: bool = False,
+    custom: Mapping[str, Any] | None = None,
+    arithmetic: str | None = None,
 ) -> Network:
     """Open a model: `innersight.open("torchvision:resnet50")`, a module in memory, a file.
 
     source:      a torch.nn.Module, any callable, "torchvision:NAME", "timm:NAME", "hf:NAME", or a file: TorchScript,
-                 torch.export `.pt2`, weights (`.safetensors`, `.pth`) together with `arch`
+                 torch.export `.pt2`, `.keras`, `.h5`, `.onnx`, `.tflite`, weights (`.safetensors`, `.pth`) together
+                 with `arch`; a keras.Model in memory
     arch:        for weights: "package.module:factory", or the factory itself
     weights:     for models by name: a file, or "none" for an untrained network; default the library's own
     labels:      class names in the order of the outputs, or a file with one a line; default what the model states
@@ -46,6 +49,8 @@ def open(
     output:      which of several outputs is the answer
     device:      "cpu", "cuda", ...; default where the model is
     trust:       allow files that run code when loaded
+    custom:      for Keras: class name -> what stands for a layer of your own, see `innersight.formats.keras`
+    arithmetic:  for TFLite: "device" (default: the integers of the device), or see `innersight.formats.tflite`
 
     What was chosen is listed in `Network.notes`. Raises InputError, UnknownName, UntrustedFile or MissingPackage with
     one sentence on what to do.
@@ -56,7 +61,7 @@ def open(
         return source
     opened = open_source(
         source, arch=arch, weights=weights, labels=labels, input_shape=input_shape, preprocess=preprocess,
-        device=device, trust=trust,
+        device=device, trust=trust, custom=custom, arithmetic=arithmetic,
     )  # fmt: skip
     return Network(opened, output=output)
 

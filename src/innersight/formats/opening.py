@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from innersight.errors import InputError, Unsupported
+from innersight.errors import InputError
 from innersight.formats import Opened
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from innersight.preprocess import Preprocess
 
-LATER = {".onnx", ".keras", ".h5", ".hdf5", ".tflite"}
+KERAS, ONNX, TFLITE = (".keras", ".h5", ".hdf5"), (".onnx",), (".tflite",)
 ZOOS = ("torchvision", "timm", "hf")
 
 
@@ -31,12 +31,15 @@ def open_source(
     preprocess: Preprocess | Mapping[str, Any] | Any = None,
     device: str | torch.device | None = None,
     trust: bool = False,
+    custom: Mapping[str, Any] | None = None,
+    arithmetic: str | None = None,
 ) -> Opened:
     """Open a network from a module, a function, a zoo's name or a file.
 
     source:      torch.nn.Module (live, compiled, wrapped, scripted, traced), torch.export.ExportedProgram, any
                  function of a float32 array (N, C, H, W); "torchvision:NAME", "timm:NAME", "hf:NAME" or "hf:FOLDER";
-                 a path to a TorchScript or exported program, or to weights (.safetensors, .pth, ...) with `arch`
+                 a path to a TorchScript or exported program, to a Keras, ONNX or TFLite file, or to weights
+                 (.safetensors, .pth, ...) with `arch`; a keras.Model in memory
     arch:        what weights are for: "package.module:factory", "torchvision:NAME", "timm:NAME", a module, a class
     weights:     a file for a zoo's name or a module; "none" for an untrained network of a zoo
     labels:      class names in order, or by index, or a file of them (.txt a line each, .json)
@@ -45,11 +48,13 @@ def open_source(
                  torchvision
     device:      where to run; by default where the model is. A model in memory that lies elsewhere is copied
     trust:       whether code in a file may run
+    custom:      for Keras: class name -> what stands for a layer of that class, see `formats.keras`
+    arithmetic:  for quantised files: whose integers are computed, see `formats.tflite`
 
     Raises InputError, UnknownName, Unsupported, UntrustedFile or MissingPackage, each with one sentence.
     """
     place = _device(device)
-    opened = _opened(source, arch, weights, place, trust)
+    opened = _opened(source, arch, weights, place, trust, _given(custom=custom, arithmetic=arithmetic))
     _move(opened, place, ours=isinstance(source, (str, Path)) or arch is not None or weights is not None)
     if labels is not None:
         opened.labels = read_labels(labels)
@@ -76,8 +81,22 @@ def _for_shape(shape: Sequence[int]) -> Preprocess:
     return Preprocess.for_shape(shape)
 
 
-def _opened(source: Any, arch: Any, weights: Any, device: Any, trust: bool) -> Opened:
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _opened(source: Any, arch: Any, weights: Any, device: Any, trust: bool, options: dict[str, Any]) -> Opened:
     import torch
+
+    if isinstance(source, (str, Path)) and not (isinstance(source, str) and source.partition(":")[0] in ZOOS):
+        path = Path(source).expanduser()
+        if path.suffix.lower() in (*KERAS, *ONNX, *TFLITE) and path.exists():
+            return _opened_deployed(path, arch, weights, options)
+    if _is_keras(source):
+        from innersight.formats.keras import open_keras
+
+        return open_keras(source, **_only(options, "custom", "a Keras model"))
+    _only(options, "", "this source")
 
     if isinstance(source, str) and source.partition(":")[0] in ZOOS and ":" in source:
         if arch is not None:
@@ -103,8 +122,6 @@ def _opened(source: Any, arch: Any, weights: Any, device: Any, trust: bool) -> O
         from innersight.formats.torch import open_module
 
         return open_module(source)
-    if any(c.__module__.partition(".")[0] in ("keras", "tensorflow", "tf_keras") for c in type(source).__mro__):
-        raise Unsupported("opening Keras models is not supported yet")
     if callable(source):
         if isinstance(source, type):
             raise InputError(f"{source.__name__} is a class, expected a network: open {source.__name__}(...)")
@@ -116,9 +133,39 @@ def _opened(source: Any, arch: Any, weights: Any, device: Any, trust: bool) -> O
     )
 
 
+def _is_keras(source: Any) -> bool:
+    return any(c.__module__.partition(".")[0] in ("keras", "tensorflow", "tf_keras") for c in type(source).__mro__)
+
+
+def _only(options: dict[str, Any], known: str, what: str) -> dict[str, Any]:
+    """The options, all of which must be known for such a source."""
+    if others := [name for name in options if name != known]:
+        kinds = {"custom": "Keras models", "arithmetic": "TFLite files"}
+        raise InputError(f"{others[0]}= is for {kinds[others[0]]}; {what} has no use for it")
+    return options
+
+
+def _opened_deployed(path: Path, arch: Any, weights: Any, options: dict[str, Any]) -> Opened:
+    """A file that holds a network and its weights as another library runs them."""
+    if arch is not None or weights is not None:
+        raise InputError(f"{path} brings its network and weights along; open it without arch= and weights=")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, expected a file")
+    suffix = path.suffix.lower()
+    if suffix in KERAS:
+        from innersight.formats.keras import open_keras
+
+        return open_keras(path, **_only(options, "custom", f"{path.name}"))
+    if suffix in ONNX:
+        from innersight.formats.onnx import open_onnx
+
+        return open_onnx(path, **_only(options, "", f"{path.name}"))
+    from innersight.formats.tflite import open_tflite
+
+    return open_tflite(path, **_only(options, "arithmetic", f"{path.name}"))
+
+
 def _opened_file(path: Path, arch: Any, weights: Any, device: Any, trust: bool) -> Opened:
-    if path.suffix.lower() in LATER and path.exists():
-        raise InputError(f"opening {path.suffix.lower()} files is not supported yet")
     if not path.exists():
         named = "" if path.suffix or len(path.parts) > 1 else f'; a model by name reads "torchvision:{path}"'
         raise InputError(f"there is no file {path}{named}")

@@ -57,7 +57,7 @@ def _kind_of_zip(path: Path) -> str:
     if "data.pkl" in names:
         return "checkpoint"
     if "config.json" in names and any(name.endswith(".weights.h5") for name in names):
-        raise InputError(f"{path} is a Keras file; opening .keras files is not supported yet")
+        raise InputError(f"{path} is a Keras file: rename it to .keras")
     raise InputError(f"{path} is a zip file without a model in it (first entry: {names[0] if names else 'none'})")
 
 
@@ -67,7 +67,7 @@ def _looks(head: bytes) -> str:
     if head.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, the real file has not been fetched (git lfs pull)"
     if head.startswith(b"\x89HDF"):
-        return "it is an HDF5 file; opening .h5 files is not supported yet"
+        return "it is an HDF5 file: a Keras model is opened by the suffix .h5"
     if head[:64].lstrip()[:1] == b"<":
         return "it looks like a web page, so the download went wrong"
     if head.startswith(b"PK"):

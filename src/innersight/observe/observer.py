@@ -348,8 +348,10 @@ def attend(
 _learning = threading.local()
 
 
-def call_as(path: str, fn: Callable, *args: Any, leaf: bool = True, **kwargs: Any) -> Any:
+def call_as(path: str, fn: Callable, *args: Any, leaf: bool = True, kind: str = "", **kwargs: Any) -> Any:
     """Run `fn` as the part of the network called `path`; with `leaf` what it returns is the layer of that name.
+
+    kind: what the layer is called in tables ("Conv2D"); by default the operation.
 
     For interpreters of other formats, which have operations but no modules. Costs nothing unless a run is learnt.
     """
@@ -363,7 +365,7 @@ def call_as(path: str, fn: Callable, *args: Any, leaf: bool = True, **kwargs: An
         return out
     finally:
         for watching, depth in entered:
-            watching.leave(depth, out, leaf=path if leaf else "", kind="")
+            watching.leave(depth, out, leaf=path if leaf else "", kind=kind)
 
 
 class _Learner(TorchFunctionMode):
