@@ -71,6 +71,7 @@ class Network:
 
     name, input_shape, preprocess, labels: what it is called, takes and answers
     notes: what was chosen for you, a sentence each, with the keyword that changes it
+    quantisation: layer name -> scale, zero point and range of a quantised layer (`formats.Quantised`); None if none is
     progress: if set, called with how much of a request is done, of how much, and of what ("images", "points")
     """
 
@@ -80,6 +81,7 @@ class Network:
         self.preprocess = opened.preprocess
         self.labels = None if opened.labels is None else tuple(opened.labels)
         self.notes = list(opened.notes)
+        self.quantisation = opened.quantisation
         self.module = opened.module
         self.progress: Callable[[int, int, str], None] | None = None
         self._output = output
@@ -95,7 +97,7 @@ class Network:
         """The same network with another module in its place."""
         opened = Opened(
             module, self.name, self.input_shape, self.preprocess, self.labels, list(self.notes),
-            self.engine.call, self.engine.fixed_batch,
+            self.engine.call, self.engine.fixed_batch, self.quantisation,
         )  # fmt: skip
         return Network(opened, output=self._output)
 
