@@ -68,6 +68,31 @@ def compare(module: nn.Module, x: torch.Tensor, layer: str, axis: int = 1, toler
     return replay
 
 
+@pytest.mark.parametrize("read_behind", [False, True])
+def test_a_known_value_spares_the_run_where_nothing_else_is_read(monkeypatch, read_behind):
+    """`read_behind`: a shortcut around the layer is read as well, so the image has to be run for it."""
+    first, second, head = conv(3, 4), conv(4, 4), nn.Linear(4, 5)
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(net.first(x))
+        g = net.second(h)
+        return net.head((g + h if read_behind else torch.relu(g)).mean((2, 3)))
+
+    engine = Engine(Fn(forward, first=first, second=second, head=head).eval())
+    runs = []
+    own = Replay._clean_run
+    monkeypatch.setattr(Replay, "_clean_run", lambda self, x: runs.append(x) or own(self, x))
+    with engine.session():
+        for seed in (1, 2, 3):
+            x = picture(seed=seed)
+            value = engine.run(x, Request(read=["second"])).values["second"]
+            replay = Replay(engine, x, "second", value)
+            batch = replay.without(range(4), 1)
+            expected = torch.cat(one_by_one(engine, x, list(batch.split(1)), "second"))
+            assert torch.allclose(replay.run(batch), expected, atol=1e-6)
+    assert len(runs) == (3 if read_behind else 1)
+
+
 def torchvision_model(name: str, **options: Any) -> nn.Module:
     import torchvision
 

@@ -24,6 +24,8 @@ from innersight.observe.replay import Replay
 if TYPE_CHECKING:
     from innersight.network import Network
 
+_CACHED = 8 << 20  # bytes of one layer's value in a batch that a CPU's caches hold
+
 
 @dataclass(frozen=True)
 class Question:
@@ -174,22 +176,30 @@ class Inquiry:
         with torch.no_grad():
             return self.goal.holds(output, self.net._main(output), images)
 
-    def without_channels(self, image: int, layer: Layer) -> tuple[float, torch.Tensor, bool]:
-        """The image's score, its scores (C,) with each channel of the layer at zero, whether only a part was run."""
+    def without_channels(
+        self, image: int, layer: Layer, value: torch.Tensor | None = None
+    ) -> tuple[float, torch.Tensor, bool]:
+        """The image's score, its scores (C,) with each channel of the layer at zero, whether only a part was run.
+
+        value: the layer's value for this image `(1, ...)`, if it is known
+        """
         axis = layer.channel_axis
-        replay = Replay(self.engine, self.x[image : image + 1], layer.name)
+        replay = Replay(self.engine, self.x[image : image + 1], layer.name, value)
         score = self.score_of(image)
         output = replay.run(replay.value)
         base = score(output).float()
         if bool(torch.isnan(base).any()):  # a whole run names the layer
             self.engine.run(self.x[image : image + 1], Request())
         self._texts[image] = self.goal.texts(self.net._main(output).detach()[:1], [image])[0]
-        count = layer.node.shape[axis]
+        alive = replay.value.movedim(axis, 0).flatten(1).any(1).nonzero().flatten().tolist()  # the others are gone
         room = (self.engine.budget or free_memory(self.x.device) // 4) / max(replay.image_bytes(), 1)
-        step = int(max(1, min(room, 32 if self.x.device.type == "cpu" else 256)))
-        parts = [range(start, min(start + step, count)) for start in range(0, count, step)]
-        scores = [score(replay.run(replay.without(part, axis))).float() for part in parts]
-        return float(base[0]), torch.cat(scores), replay.skips
+        small = max(32, _CACHED // max(replay.value.numel() * replay.value.element_size(), 1))
+        step = int(max(1, min(room, small, 256)) if self.x.device.type == "cpu" else max(1, min(room, 256)))
+        scores = base[:1].repeat(layer.node.shape[axis])
+        for start in range(0, len(alive), step):
+            part = alive[start : start + step]
+            scores[part] = score(replay.run(replay.without(part, axis))).float()
+        return float(base[0]), scores, replay.skips
 
     def scaled(self, image: int, layer: Layer, factors: Sequence[float]) -> torch.Tensor:
         """The image's scores (k,) with the layer's value multiplied by each of the factors."""
@@ -290,6 +300,9 @@ class _Answering(Look):
         self._question = question
         self._answer = answer
         self._rows = rows
+        self._passed = passed
+        self._first = first
+        self._images = len(images)
         self._shared = shared
 
     def visit(
@@ -360,7 +373,10 @@ class _Answering(Look):
     def without_channels(self) -> torch.Tensor:
         (image,) = self._rows
         assert self._question.layer is not None
-        _, scores, skips = self._inquiry.without_channels(image, self._question.layer)
+        value, images = self._passed.values.get(self._question.layer.name), self._images
+        if value is not None:  # windows share the dimension of the images
+            value = value[self._first : self._first + 1] if len(value) == images else None
+        _, scores, skips = self._inquiry.without_channels(image, self._question.layer, value)
         if not skips:
             self.note(f"{self._inquiry.net.name} cannot be run from the middle, so each removal was a whole run")
         return scores

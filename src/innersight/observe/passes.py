@@ -116,6 +116,7 @@ class Engine:
         self.budget = budget
         self._recordings: dict[tuple, Recording] = {}
         self._foldings: dict[tuple, Folding] = {}  # for as long as the session
+        self.skipped: dict[tuple[int, int], tuple[Recording, dict]] = {}  # what `Replay` answers where nobody reads
         self._sessions = 0
 
     @contextmanager

@@ -23,9 +23,11 @@ class Replay:
     Make it inside `engine.session()`. Where the model's own ways forbid skipping (parts that cannot be watched), the
     whole network is run; where they forbid a batch (it goes another way for two images than for one, mixes the images
     of a batch, or reads numbers out of tensors), images are run one by one. The result is the same.
+
+    value: the layer's value for this image, if it is known; then a second image may need no run of its own
     """
 
-    def __init__(self, engine: Engine, x: torch.Tensor, layer: str):
+    def __init__(self, engine: Engine, x: torch.Tensor, layer: str, value: torch.Tensor | None = None):
         self.engine = engine
         self.x = x
         self.layer = layer
@@ -34,6 +36,7 @@ class Replay:
             self.recording = engine.recording(x, again=True)  # another image may have gone another way
         self.node = self.recording.find(layer)
         self.plan: _Plan | None = None
+        self.stored: dict[int, tuple[torch.Tensor, Any]] = {}
         self.together = engine.fixed_batch is None  # whether n values may be run as one batch
         try:
             two = of_two(engine, x, self.recording, again=reads)
@@ -42,7 +45,7 @@ class Replay:
             self.together &= not self.plan.mixes
             if self.plan.leaks:
                 raise CannotSkip
-            self.value = self._clean_run(x)
+            self.value = self._remembered(value) if value is not None else self._clean_run(x)
             if self.plan.rearranges and self.together:
                 self._verify()
         except (CannotSkip, observer.Diverged):
@@ -67,6 +70,20 @@ class Replay:
             if float((b - a.float()).abs().max()) > 1e-3 * float(a.float().abs().max()):
                 self.together = False
 
+    def _remembered(self, value: torch.Tensor) -> torch.Tensor:
+        """Where the layer is all that is read of what was skipped, only shapes are needed besides its value."""
+        assert self.plan is not None
+        key = (id(self.recording), self.node.index)
+        known = self.engine.skipped.get(key)
+        if known is None or known[0] is not self.recording:
+            self._clean_run(self.x)
+            if self.plan.frontier or self.plan.real:
+                return self.stored[self.node.index][0]
+            shapes = {i: observer.map_tensors(answer, _shape_only) for i, (_, answer) in self.stored.items()}
+            known = self.engine.skipped[key] = (self.recording, shapes)
+        self.stored = {i: (value, answer) for i, answer in known[1].items()}
+        return value
+
     def _clean_run(self, x: torch.Tensor) -> torch.Tensor:
         assert self.plan is not None
         guard.seed(self.engine.module)
@@ -86,11 +103,11 @@ class Replay:
 
     def without(self, channels: Iterable[int], axis: int) -> torch.Tensor:
         """What to `run`: the layer's value, once for each of these channels, with that channel of `axis` at zero."""
-        each = []
-        for channel in channels:
-            each.append(self.value.clone())
-            each[-1].select(axis, channel).zero_()
-        return torch.cat(each, self.batch_dim)
+        channels, k = list(channels), self._each
+        values = torch.cat([self.value] * len(channels), self.batch_dim)
+        for i, channel in enumerate(channels):
+            values.narrow(self.batch_dim, i * k, k).select(axis, channel).zero_()
+        return values
 
     def run(self, values: torch.Tensor) -> Any:
         """The model's output for a batch of n that differ in this layer alone.
