@@ -13,7 +13,7 @@ from torch import nn
 
 from innersight.observe import observer
 from innersight.observe.passes import Engine, Request
-from innersight.observe.replay import Replay
+from innersight.observe.replay import Replay, zeroed_at
 
 
 class Fn(nn.Module):
@@ -91,6 +91,41 @@ def test_a_known_value_spares_the_run_where_nothing_else_is_read(monkeypatch, re
             expected = torch.cat(one_by_one(engine, x, list(batch.split(1)), "second"))
             assert torch.allclose(replay.run(batch), expected, atol=1e-6)
     assert len(runs) == (3 if read_behind else 1)
+
+
+def pooled(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.head(F.adaptive_avg_pool2d(F.max_pool2d(torch.relu(net.first(x)), 2), 1).flatten(1))
+
+
+def averaged(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.head(net.first(x).mean((2, 3)))
+
+
+def over_channels(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.head(net.first(x).mean((1, 2))[:, :4])
+
+
+def read_twice(net: Any, x: torch.Tensor) -> torch.Tensor:
+    h = net.first(x)
+    return net.head(F.adaptive_avg_pool2d(torch.relu(h), 1).flatten(1) + h.mean((2, 3)))
+
+
+def shifted(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.head(F.adaptive_avg_pool2d(torch.sigmoid(net.first(x)), 1).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("forward", "where"),
+    [(pooled, "adaptive_avg_pool2d"), (averaged, "mean"), (over_channels, "first"), (read_twice, "first"),
+     (shifted, "first")],
+)  # fmt: skip
+def test_channels_are_taken_away_where_least_is_left_to_run(forward, where):
+    engine, x = Engine(Fn(forward, first=conv(3, 4), head=nn.Linear(4, 5)).eval()), picture()
+    with engine.session():
+        assert zeroed_at(engine.recording(x), "first", 1) == where
+        early, late = Replay(engine, x, "first"), Replay(engine, x, where)
+        expected = torch.cat(one_by_one(engine, x, list(early.without(range(4), 1).split(1)), "first"))
+        assert torch.allclose(late.run(late.without(range(4), 1)), expected, atol=1e-6)
 
 
 def torchvision_model(name: str, **options: Any) -> nn.Module:

@@ -19,7 +19,7 @@ from innersight.observe.attention import TokenGrid, token_grid
 from innersight.observe.observer import Recording
 from innersight.observe.passes import INPUT, Pass, Request, free_memory
 from innersight.observe.patches import Patches
-from innersight.observe.replay import Replay
+from innersight.observe.replay import Replay, zeroed_at
 
 if TYPE_CHECKING:
     from innersight.network import Network
@@ -91,8 +91,9 @@ class Inquiry:
         """Every question's answer, with one pass over the pictures for all of them."""
         reads = {r: q for q in questions for r in q.method.reads}
         at = {q.layer.name: q.layer for q in questions if q.layer is not None}
+        removed = [self._removed(q.layer) for q in questions if q.layer is not None and "channels" in q.method.visits]
         request = Request(
-            read=[*_if("input.value" in reads, INPUT), *_if("layer.value" in reads, *at)],
+            read=[*_if("input.value" in reads, INPUT), *_if("layer.value" in reads, *at), *removed],
             gradients=[*_if("input.gradient" in reads, INPUT), *_if("layer.gradient" in reads, *at)],
             attention="gradient" if "attention.gradient" in reads else "last" if "attention.value" in reads else "",
         )
@@ -176,15 +177,19 @@ class Inquiry:
         with torch.no_grad():
             return self.goal.holds(output, self.net._main(output), images)
 
+    def _removed(self, layer: Layer) -> str:
+        """Where the channels of a layer are taken away, to the same effect."""
+        return zeroed_at(self.engine.recording(self.x), layer.name, layer.channel_axis)
+
     def without_channels(
         self, image: int, layer: Layer, value: torch.Tensor | None = None
     ) -> tuple[float, torch.Tensor, bool]:
         """The image's score, its scores (C,) with each channel of the layer at zero, whether only a part was run.
 
-        value: the layer's value for this image `(1, ...)`, if it is known
+        value: the value of the layer where they are taken away, for this image `(1, ...)`, if it is known
         """
         axis = layer.channel_axis
-        replay = Replay(self.engine, self.x[image : image + 1], layer.name, value)
+        replay = Replay(self.engine, self.x[image : image + 1], self._removed(layer), value)
         score = self.score_of(image)
         output = replay.run(replay.value)
         base = score(output).float()
@@ -373,7 +378,7 @@ class _Answering(Look):
     def without_channels(self) -> torch.Tensor:
         (image,) = self._rows
         assert self._question.layer is not None
-        value, images = self._passed.values.get(self._question.layer.name), self._images
+        value, images = self._passed.values.get(self._inquiry._removed(self._question.layer)), self._images
         if value is not None:  # windows share the dimension of the images
             value = value[self._first : self._first + 1] if len(value) == images else None
         _, scores, skips = self._inquiry.without_channels(image, self._question.layer, value)

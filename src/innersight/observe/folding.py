@@ -6,9 +6,9 @@ arithmetic is faster. The model is not touched and not copied: at the convolutio
 weights, at the BatchNorm's position its value is returned as it is.
 
 Rounding differs. Values stay within 1e-5 of a plain run, gradients too where the network is smooth. Where units lie
-within rounding of a ReLU's kink they fall to either side of it, in any float32 run: integrated gradients of an untrained
-ResNet-18 (50 points) are 2.7e-3 of the largest value from double precision in plain torch, 2.1e-3 folded; on trained
-SqueezeNets (three photographs) 4e-4 to 5e-3, the same for both. In double precision folded and plain runs agree to 4e-8.
+within rounding of a ReLU's kink they fall to either side of it, in any float32 run: integrated gradients of an
+untrained ResNet-18 (50 points) are 2.7e-3 of the largest value from double precision in plain torch, 2.1e-3 folded; on
+a trained SqueezeNet (three photographs) 4e-4 to 5e-3, the same for both. In double precision both agree to 4e-8.
 """
 
 from __future__ import annotations

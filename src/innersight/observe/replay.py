@@ -157,6 +157,39 @@ class Replay:
         return 1.5 * sum(largest) + sum(v.numel() * v.element_size() for v in [self.value])
 
 
+# Each channel of what these return is made of that channel alone, and of a channel of zeros they make zeros.
+_KEEPS_ZERO = frozenset(
+    "relu relu6 leaky_relu elu celu selu silu gelu mish hardswish tanh dropout avg_pool2d max_pool2d "
+    "adaptive_avg_pool2d adaptive_max_pool2d mean".split()
+)
+
+
+def zeroed_at(recording: Recording, layer: str, axis: int) -> str:
+    """The furthest layer at which taking a channel away is the same as at `layer`; it may be `layer` itself.
+
+    Behind the last convolutions that often is the global pool, whose value is a small part of theirs.
+    """
+    node = recording.find(layer)
+    if axis != 1 or len(node.shape) != 4 or recording.gaps:
+        return layer
+    returned = {ref.node for ref in recording.outputs}
+    while node.index not in returned:
+        readers = [n for n in recording.nodes[node.index + 1 :] if node.index in n.inputs]
+        if len(readers) != 1 or not _keeps_zero(readers[0]) or readers[0].inputs != (node.index,):
+            break
+        node = readers[0]
+    return node.name
+
+
+def _keeps_zero(node: Node) -> bool:
+    if node.op not in _KEEPS_ZERO or node.kind not in ("layer", "copy") or node.inplace or len(node.shapes) != 1:
+        return False
+    if node.op == "mean":
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        return isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
+    return len(node.shape) == 4
+
+
 class CannotSkip(Exception):
     """This model has to be run whole."""
 
