@@ -24,6 +24,7 @@ from innersight import errors
 from innersight.observe.observer import call_as
 
 Key = Hashable
+_SHAPES = 16  # of inputs, for which lasting steps are remembered
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Step:
     inputs:  keys of the values it reads
     outputs: keys of the values it makes
     seen:    False: run where no observer looks, and without gradient
+    lasting: of a step that is not seen: what it makes depends on the shape of the network's input alone, so that it is
+             run once for each shape
     """
 
     name: str
@@ -46,6 +49,7 @@ class Step:
     inputs: tuple[Key | None, ...]
     outputs: tuple[Key, ...]
     seen: bool = True
+    lasting: bool = False
 
 
 class Graph(nn.Module):
@@ -74,6 +78,7 @@ class Graph(nn.Module):
         self.outputs = tuple(outputs)
         self.finish = finish
         self.attributes: dict[Key, str] = {}
+        self.known: dict[tuple[int, ...], dict[Key, Any]] = {}  # by shape of the input: what lasting steps made
         for key, value in constants.items():
             self._keep(key, value)
         made = {input, *constants}
@@ -107,18 +112,31 @@ class Graph(nn.Module):
         self.attributes[key] = name
 
     def forward(self, x: torch.Tensor) -> Any:
-        values: dict[Key, Any] = {key: getattr(self, name) for key, name in self.attributes.items()}
-        values[self.input] = x
-        for step, dead in zip(self.steps, self.dead, strict=True):
-            made = self._run(step, [None if k is None else values[k] for k in step.inputs])
-            if len(step.outputs) == 1:
-                values[step.outputs[0]] = made
-            else:
-                values.update(zip(step.outputs, made, strict=True))
-            for key in dead:
-                del values[key]
+        values = self.run(x)
         results = tuple(self.finish(values[k]) for k in self.outputs)
         return results[0] if len(results) == 1 else results
+
+    def run(self, x: torch.Tensor, keep: bool = False) -> dict[Key, Any]:
+        """The values of the outputs by key; with `keep` every value, none let go of."""
+        values: dict[Key, Any] = {key: getattr(self, name) for key, name in self.attributes.items()}
+        values[self.input] = x
+        shape = tuple(x.shape)
+        known, learning = self.known.get(shape), {}
+        values.update(known or {})
+        for step, dead in zip(self.steps, self.dead, strict=True):
+            if not (step.lasting and known is not None):
+                made = self._run(step, [None if k is None else values[k] for k in step.inputs])
+                made = dict(zip(step.outputs, made if len(step.outputs) > 1 else (made,), strict=True))
+                values.update(made)
+                if step.lasting:
+                    learning.update(made)
+            for key in () if keep else dead:
+                del values[key]
+        if learning:
+            if len(self.known) >= _SHAPES:
+                self.known.pop(next(iter(self.known)))
+            self.known[shape] = learning
+        return values
 
     def _run(self, step: Step, given: Iterable[Any]) -> Any:
         try:
