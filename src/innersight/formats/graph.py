@@ -116,8 +116,17 @@ class Graph(nn.Module):
         results = tuple(self.finish(values[k]) for k in self.outputs)
         return results[0] if len(results) == 1 else results
 
-    def run(self, x: torch.Tensor, keep: bool = False) -> dict[Key, Any]:
-        """The values of the outputs by key; with `keep` every value, none let go of."""
+    def run(
+        self,
+        x: torch.Tensor,
+        keep: bool = False,
+        watch: Callable[[Step, dict[Key, Any], list[Key]], None] | None = None,
+    ) -> dict[Key, Any]:
+        """The values of the outputs by key.
+
+        keep:  every value, none let go of
+        watch: called behind each step with what it made and the keys that nothing reads any more
+        """
         values: dict[Key, Any] = {key: getattr(self, name) for key, name in self.attributes.items()}
         values[self.input] = x
         shape = tuple(x.shape)
@@ -130,6 +139,8 @@ class Graph(nn.Module):
                 values.update(made)
                 if step.lasting:
                     learning.update(made)
+                if watch is not None:
+                    watch(step, made, dead)
             for key in () if keep else dead:
                 del values[key]
         if learning:
