@@ -1,0 +1,67 @@
+"""What a file may make of itself while it is opened: each value's size is known before it is allocated.
+
+A few nodes are enough to ask for petabytes: Expand, Tile, Pad, Resize, Range, or forty times Concat(x, x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from innersight import errors
+
+MAX_VALUE = 1 << 30
+"""Bytes that one value may take, for one picture."""
+MAX_CONSTANT = 1 << 28
+"""Bytes that one constant may take which a file computes instead of holding it."""
+MAX_LIVE = 3 << 30
+"""Bytes of all values that wait for a reader, for one picture."""
+_SMALL = 1 << 20
+
+
+class Limited(TorchDispatchMode):
+    """Every operation is run on shapes alone first; one that would make too much raises InputError."""
+
+    def __init__(self, most: int | None = None):
+        super().__init__()
+        self.most = MAX_VALUE if most is None else most
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        for tensor in self.foreseen(func, args, kwargs):
+            check(tensor.numel() * tensor.element_size(), self.most)
+        return func(*args, **kwargs)
+
+    def foreseen(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Iterable[torch.Tensor]:
+        planned = {**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs
+        try:
+            given, named = tree_map_only(torch.Tensor, _shape_of, (args, planned))
+            made = func(*given, **named)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+            return ()  # its size depends on values, or it will fail for itself
+        found = made if isinstance(made, (tuple, list)) else (made,)
+        return [t for t in found if isinstance(t, torch.Tensor)]
+
+
+def _shape_of(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def check(size: int, most: int) -> None:
+    if size > most:
+        raise errors.InputError(
+            f"it makes a value of {size / 2**20:,.0f} MiB, more than the {most / 2**20:,.0f} MiB allowed here"
+        )
+
+
+def live(values: Iterable[Any]) -> int:
+    """Bytes of the tensors among the values, memory that several share counted once."""
+    memory = {}
+    for v in values:
+        if isinstance(v, torch.Tensor):
+            memory[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+    return sum(memory.values())
