@@ -20,6 +20,9 @@ _HOME = {
     "Network": "innersight.network",
     "Preprocess": "innersight.preprocess",
     "load": "innersight.results",
+    "compare": "innersight.comparison",
+    "dump": "innersight.comparison",
+    "Comparison": "innersight.agreement",
     "InnersightError": "innersight.errors",
 }
 _MODULES = ("errors", "images", "targets", "results", "testing", "methods")
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from innersight import results as results
     from innersight import targets as targets
     from innersight import testing as testing
+    from innersight.agreement import Comparison as Comparison
+    from innersight.comparison import compare as compare
+    from innersight.comparison import dump as dump
     from innersight.errors import InnersightError as InnersightError
     from innersight.network import Network as Network
     from innersight.network import open as open

@@ -891,6 +891,102 @@ def _print_maximized(found: Maximization) -> None:
 
 
 @main.command()
+@click.argument("model_a", metavar="MODEL_A")
+@click.argument("model_b", metavar="MODEL_B")
+@click.argument("images", nargs=-1, metavar="[IMAGE...]")
+@click.option("--layer", "names", multiple=True, metavar="NAME", help="Compare these; repeatable, or a comma list. "
+              "Default: every layer that can be aligned.")  # fmt: skip
+@click.option("--method", default="gradcam", show_default=True, help="Gives the reasons of both; 'none' for none.")
+@click.option("--target", metavar="CLASS", help="What the reasons are for; default the class that MODEL_A predicts.")
+@click.option("--at", metavar="NAME", help="The layer of MODEL_A whose maps the method reads.")
+@click.option("--threshold", type=float, default=20.0, show_default=True, metavar="DB",
+              help="Signal to noise below which a layer counts as parted.")  # fmt: skip
+@click.option("--channels", type=click.Choice(["match", "index"]), default="match", show_default=True,
+              help="Find channels that stand in another order in MODEL_B, or compare them as they stand.")  # fmt: skip
+@click.option("--out", "outs", multiple=True, type=click.Path(path_type=Path), default=("compare.html",),
+              metavar="FILE", help="One page (.html), a plot (.png .pdf .svg), the layers (.csv), everything (.json); "
+              "repeatable. Default: compare.html.")  # fmt: skip
+@click.option("--weights", metavar="FILE|none", help="For models by name; 'none' leaves them untrained.")
+@click.option("--weights-b", metavar="FILE|none", help="For MODEL_B, if others.")
+@click.option("--arch", metavar="PKG.MOD:FACTORY", help="What network files of weights are for.")
+@click.option("--arch-b", metavar="PKG.MOD:FACTORY", help="For MODEL_B, if another.")
+@click.option("--labels", metavar="FILE|A,B,...", help="Class names, in the order of the outputs.")
+@click.option("--input-shape", type=Shape(), help="Of one input: 3,224,224 or 3x224x224.")
+@click.option("--input-shape-b", type=Shape(), help="For MODEL_B, if another.")
+@click.option("--preprocess", multiple=True, metavar="KEY=VALUE...|FILE.json",
+              help="How pictures are prepared, over what the models say: 'mean=0.5,0.5,0.5 std=0.2'.")  # fmt: skip
+@click.option("--preprocess-b", multiple=True, metavar="KEY=VALUE...|FILE.json", help="For MODEL_B, if otherwise.")
+@click.option("--device", metavar="cpu|cuda", help="Where to run.")
+@click.option("--trust", is_flag=True, help="Allow files that run code when they are loaded.")
+@_json_option
+def compare(model_a: str, model_b: str, images: tuple[str, ...], names: tuple[str, ...], method: str,
+            target: str | None, at: str | None, threshold: float, channels: str, outs: tuple[Path, ...], as_json: bool,
+            **opening: Any) -> None:  # fmt: skip
+    """How MODEL_B differs from MODEL_A on the same IMAGEs, layer by layer.
+
+    Float against int8, one epoch against another, PyTorch against ONNX, a device's tensors (.npz of name -> array)
+    against the host. Each model has the pictures prepared its own way. Printed are signal to noise and cosine of each
+    layer, where the two part, and whether answers and reasons agree.
+    """
+    _check_compared(outs)
+    _check_images(images)
+    a, b = _opened_for(model_a, "", opening), _opened_for(model_b, "_b", opening)
+    with _stages(quiet=as_json) as progress:
+        from innersight.comparison import compare as compared
+
+        found = compared(
+            a, b, list(images) or None, layers=_split(names) or None, method=None if method == "none" else method,
+            target=target, at=at, threshold=threshold, channels=channels,
+            progress=lambda stage, done, total: progress(stage, done, total, ""),
+        )  # fmt: skip
+    files = []
+    for path in outs:
+        with _doing(f"writing {path}"):
+            files += found.save(path)
+    if as_json:
+        _print_json({**found.to_json(), "files": files})
+        return
+    header = ("layer of a", "layer of b", "shape", "SQNR dB", "cosine", "range of a", "range of b", "saturated", "dead",
+              "worst channels", "aligned by")  # fmt: skip
+    spare = ("aligned by", "worst channels", "range of b", "range of a", "dead", "shape")
+    _table(header, found.layers.rows(), right=("SQNR dB", "cosine"), spare=spare)
+    click.echo()
+    for line in found.words():
+        click.echo(_wrapped(line))
+    _wrote(files)
+    _notes(found.provenance.notes)
+
+
+def _check_compared(outs: Sequence[Path]) -> None:
+    from innersight import storage
+
+    kinds = (".html", ".json", ".csv", *storage.DRAWN)
+    for path in outs:
+        if path.suffix.lower() not in kinds:
+            raise errors.InputError(f"{path.name!r}: unknown suffix {path.suffix!r}; use {', '.join(kinds)}")
+        storage.check_place(path)
+        if not os.access(path.parent, os.W_OK):
+            raise errors.InputError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} is read-only")
+
+
+def _opened_for(source: str, which: str, opening: Mapping[str, Any]) -> Any:
+    """The network, or the path of a file of tensors; `which` is "_b" for the options of the second model."""
+    suffix = Path(source).suffix.lower()
+    if suffix == ".npz":
+        if not Path(source).is_file():
+            raise errors.InputError(f"there is no file {source}")
+        return source
+    given = {}
+    for name in ("weights", "arch", "input_shape", "preprocess"):
+        given[name] = opening[name + which] or opening[name]
+    if suffix in (".keras", ".h5", ".hdf5", ".onnx", ".tflite", ".pt2"):  # these bring network and weights along
+        given["weights"] = opening["weights" + which] if which else None
+        given["arch"] = opening["arch" + which] if which else None
+    options = {"device": opening["device"], "trust": opening["trust"], **given}
+    return Model(source, options.pop("preprocess"), opening["labels"], options).open()
+
+
+@main.command()
 @click.argument("name", required=False)
 @_json_option
 def methods(name: str | None, as_json: bool) -> None:
