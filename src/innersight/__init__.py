@@ -22,7 +22,7 @@ _HOME = {
     "load": "innersight.results",
     "compare": "innersight.comparison",
     "dump": "innersight.comparison",
-    "Comparison": "innersight.agreement",
+    "Comparison": "innersight.comparison",
     "InnersightError": "innersight.errors",
 }
 _MODULES = ("errors", "images", "targets", "results", "testing", "methods")
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from innersight import results as results
     from innersight import targets as targets
     from innersight import testing as testing
-    from innersight.agreement import Comparison as Comparison
+    from innersight.comparison import Comparison as Comparison
     from innersight.comparison import compare as compare
     from innersight.comparison import dump as dump
     from innersight.errors import InnersightError as InnersightError

@@ -176,7 +176,7 @@ def _blocks(places: Sequence[Place]) -> list[_Block]:
         block = of.get(before)
         last = block.members[-1] if block else None
         if (
-            place.known and place.family in _FOLLOWS and block and last and last.name == before
+            place.family in _FOLLOWS and block and last and last.name == before
             and readers[before] == 1 and not last.outside and last.shape == place.shape
         ):  # fmt: skip
             block.members.append(place)
@@ -215,7 +215,8 @@ def _folded(how: str, a: _Block, b: _Block) -> str:
 
 def align(a: Sequence[Place], b: Sequence[Place]) -> Alignment:
     """Pairs of layers of two networks, each in the order it runs, by names, kinds and shapes."""
-    blocks_a, blocks_b = _blocks(a), _blocks(b)
+    known = all(p.known for p in (*a, *b))  # of tensors by name nothing is folded into anything
+    blocks_a, blocks_b = (_blocks(places) if known else [_Block([p]) for p in places] for places in (a, b))
     found: dict[int, tuple[int, str]] = {}  # block of a -> block of b, how
     clashes: dict[str, str] = {}
     _by_name(blocks_a, blocks_b, found, clashes)
@@ -273,12 +274,20 @@ def _by_name(
                     found[i] = j, "same name" if same else f"name, spelt {s!r} in both"
                     taken.add(j)
                     break
-                if there and not fitting and depth == 1:
-                    p, q = blocks_a[i].members[-1], blocks_b[there[0]].members[-1]
-                    shapes = ["x".join(map(str, x.shape)) for x in (p, q)]
-                    if p.shape != q.shape:
-                        clashes[p.name] = clashes[q.name] = f"{s!r} is {shapes[0]} in a and {shapes[1]} in b"
+                if there and depth == 1:
+                    clashes |= _clashes(blocks_a[i], blocks_b[there[0]])
         depth += 1
+
+
+def _clashes(a: _Block, b: _Block) -> dict[str, str]:
+    """Layers of one name and two shapes."""
+    shapes = {p.name: p.shape for p in b.members}
+    found = {}
+    for p in a.members:
+        if p.name in shapes and p.shape != shapes[p.name]:
+            sizes = ["x".join(map(str, shape)) for shape in (p.shape, shapes[p.name])]
+            found[p.name] = f"{p.name!r} is {sizes[0]} in a and {sizes[1]} in b"
+    return found
 
 
 def _by_order(blocks_a: list[_Block], blocks_b: list[_Block], found: dict[int, tuple[int, str]]) -> None:
@@ -342,7 +351,7 @@ def _common(rows: Sequence[int], columns: Sequence[int], fits: Callable[[int, in
 
 
 SURE = 0.9  # correlation from which two channels count as the same one
-OWN = 0.7  # and from which a channel is left where it stands
+OWN = 0.7  # and from which nobody looks for another
 FEWEST = 16  # values of a channel below which a correlation says nothing
 
 
@@ -414,7 +423,7 @@ def by_values(
 def match_channels(a: np.ndarray, b: np.ndarray) -> tuple[tuple[int, ...] | None, float | None]:
     """For each channel of a the one of b that answers the same, (C, n) each, and how well they then correlate.
 
-    A channel that correlates with its own namesake by 0.7 or more stays. The others are matched one to one, best first;
+    A channel that its own namesake answers as well as any other stays. The others are matched one to one, best first;
     below 0.9 none counts as found, and unless four in five are, none is moved: some always agree by chance. None: they
     stand as they should, or cannot be told apart.
     """
@@ -422,14 +431,15 @@ def match_channels(a: np.ndarray, b: np.ndarray) -> tuple[tuple[int, ...] | None
     if a.shape[0] < 2 or a.shape[1] < FEWEST:
         return None, own
     p, q = standardised(a), standardised(b)
-    off = ((p * q).sum(1) < OWN) & (p.any(1) | q.any(1))
-    if not off.any():
+    at_home, live = (p * q).sum(1), p.any(1)
+    if (at_home >= OWN)[live].all():
         return None, own
     matrix = p @ q.T
     count = len(matrix)
     order = np.full(count, -1)
-    stay = np.flatnonzero(np.diag(matrix) >= OWN)
+    stay = np.flatnonzero(at_home >= np.minimum(SURE, matrix.max(1) - 0.1))
     order[stay] = stay
+    off = live & (order < 0)
     free_a, free_b = np.setdiff1d(np.arange(count), stay), np.setdiff1d(np.arange(count), stay)
     sub = matrix[np.ix_(free_a, free_b)]
     for flat in np.argsort(-sub, axis=None, kind="stable"):
@@ -438,7 +448,7 @@ def match_channels(a: np.ndarray, b: np.ndarray) -> tuple[tuple[int, ...] | None
             break
         if order[free_a[i]] < 0 and free_b[j] not in order:
             order[free_a[i]] = free_b[j]
-    if (order[off] >= 0).mean() < 0.8:
+    if not off.any() or (order[off] >= 0).mean() < 0.8:
         return None, own
     left = [j for j in range(count) if j not in set(order.tolist())]
     for i in map(int, np.flatnonzero(order < 0)):  # nobody's: where they stand, or what is left in order

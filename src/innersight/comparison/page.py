@@ -114,7 +114,7 @@ def _overview(c: Any) -> str:
 
 
 def _table(c: Any) -> str:
-    from innersight.agreement import HEADER
+    from innersight.comparison.layers import HEADER
 
     rows = c.layers.rows()
     keep = [i for i in range(len(HEADER)) if any(r[i] for r in rows)]
