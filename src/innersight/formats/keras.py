@@ -19,17 +19,13 @@ import torch
 
 from innersight.errors import InnersightError, InputError, Unsupported
 from innersight.formats import Opened
-from innersight.formats.graph import Graph
 from innersight.formats.keras_file import Contents, Weight, configuration, read
 from innersight.formats.keras_graph import Assembly, Layer, Model, parse, refs_in
-from innersight.formats.keras_layers import Value
+from innersight.formats.keras_layers import MAX_VALUE, Value
 from innersight.preprocess import Preprocess
 
 SIDE = 224
 """Height and width where the configuration leaves them open."""
-
-MAX_VALUE = 1 << 30
-"""Numbers in the largest value that a layer may make of one picture."""
 
 Custom = Mapping[str, Callable[[dict[str, Any], list[torch.Tensor]], torch.nn.Module]]
 
@@ -78,12 +74,9 @@ def _opened(contents: Contents, name: str, custom: Custom) -> Opened:
     notes = [f"{model.kind} model of Keras {contents.version}" if contents.version else f"{model.kind} model of Keras"]
     shape, start, said = _entrance(model)
     notes += said
-    with torch.no_grad():
-        graph = Assembly(model, contents, custom, keras2).graph(start)
-        graph.eval()
-        outputs = _tried(graph, shape, custom)
+    graph = Assembly(model, contents, custom, keras2).graph(start).eval()
     preprocess, more = _preparation(model, shape)
-    notes += more + _ending(model, outputs)
+    notes += more + _ending(model)
     return Opened(graph, name, input_shape=shape, preprocess=preprocess, notes=notes)
 
 
@@ -124,7 +117,7 @@ def _entrance(model: Model) -> tuple[tuple[int, ...], Callable[[torch.Tensor], V
 
 def _sizes(model: Model) -> list[int | None] | None:
     """The sizes of an input without the batch, in Keras's order."""
-    layer = model.layers[model.inputs[0].layer] if model.inputs[0].layer in model.layers else None
+    layer = model.layers.get(model.inputs[0].layer)
     while layer is not None and layer.inner is not None:
         layer = layer.inner.layers.get(layer.inner.inputs[0].layer)
     config = layer.config if layer is not None else {}
@@ -190,9 +183,9 @@ def _channels_first(model: Model) -> bool:
 def _sequence(model: Model) -> bool:
     """Whether the first layer that looks at neighbors does so along one axis."""
     for layer in _walk(model):
-        if layer.kind.endswith("1D") and layer.kind != "SpatialDropout1D":
+        if "1D" in layer.kind and layer.kind != "SpatialDropout1D":
             return True
-        if layer.kind in ("Flatten", "Reshape") or layer.kind.endswith(("2D", "3D")):
+        if layer.kind in ("Flatten", "Reshape") or "2D" in layer.kind or "3D" in layer.kind:
             return False
     return False
 
@@ -272,10 +265,10 @@ def _of_pixels(layer: Layer) -> bool:
     return bool(max(np.abs(mean).max(initial=0), variance.max(initial=0)) > 2)
 
 
-# --- the end, and a first run ----------------------------------------------------------------------------------------
+# --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def _ending(model: Model, outputs: list[tuple[int, ...]]) -> list[str]:
+def _ending(model: Model) -> list[str]:
     notes = []
     last: Layer | None = model.layers.get(model.outputs[0].layer)
     while last is not None and last.inner is not None:
@@ -284,37 +277,10 @@ def _ending(model: Model, outputs: list[tuple[int, ...]]) -> list[str]:
         ending = last.config.get("activation") if last.kind != "Softmax" else "softmax"
         if ending in ("softmax", "sigmoid"):
             notes.append(f"its output is a {ending}: probabilities")
-    if len(outputs) > 1:
+    if len(model.outputs) > 1:
         names = ", ".join(ref.layer for ref in model.outputs)
-        notes.append(f"it has {len(outputs)} outputs ({names}); the first is explained (output= chooses)")
+        notes.append(f"it has {len(model.outputs)} outputs ({names}); the first is explained (output= chooses)")
     return notes
-
-
-class _Sizes(torch.overrides.TorchFunctionMode):
-    """Ends a run that makes a value no network needs."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and made.numel() > MAX_VALUE:
-            raise InputError(f"a layer would make a value of shape {tuple(made.shape)}, more than any network needs")
-        return made
-
-
-def _tried(graph: Graph, shape: tuple[int, ...], custom: Custom) -> list[tuple[int, ...]]:
-    """The shapes that come out; found without computing or allocating anything, so that no file can ask for too much.
-
-    Raises InputError where the layers do not fit each other.
-    """
-    if custom:
-        return []
-    weights = {name: tensor.to("meta") for name, tensor in (*graph.named_parameters(), *graph.named_buffers())}
-    x = torch.empty((1, *shape), device="meta")
-    try:
-        with _Sizes():
-            made = torch.func.functional_call(graph, weights, (x,))
-    except RuntimeError as error:
-        raise InputError(f"its layers do not fit each other: {error}") from error
-    return [tuple(t.shape) for t in (made if isinstance(made, tuple) else (made,))]
 
 
 # --- a functional model in memory ------------------------------------------------------------------------------------
@@ -324,5 +290,3 @@ def open_described(text: str, name: str, weights: list[Weight], version: str, cu
     """A model from its configuration as JSON and its weights by layer."""
     contents = Contents(configuration(text, name), version, by_number=False, weights=weights)
     return _guarded(name, lambda: _opened(contents, name, custom))
-
-

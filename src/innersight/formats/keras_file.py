@@ -114,7 +114,9 @@ def configuration(text: str, path: Path | str) -> dict[str, Any]:
         said = "it is nested too deeply" if isinstance(error, RecursionError) else ascii(str(error))[1:-1]
         raise InputError(f"{path} has a configuration that cannot be read: {said}; save the model again") from None
     if not isinstance(config, dict):
-        raise InputError(f"{path} has a configuration that is no model: expected an object, got {type(config).__name__}")
+        raise InputError(
+            f"{path} has a configuration that is no model: expected an object, got {type(config).__name__}"
+        )
     return config
 
 
@@ -222,10 +224,10 @@ def _hard(group: h5py.Group, name: str) -> Any:
     import h5py
 
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise Refused(f"holds a link ({ascii(name)}) that leads elsewhere; weights must be in the file itself")
+        raise Refused(f"holds a link ({name!a}) that leads elsewhere; weights must be in the file itself")
     item = group.get(name)
     if not isinstance(item, (h5py.Group, h5py.Dataset)):
-        raise Refused(f"holds {ascii(name)}, which is neither a group nor a dataset")
+        raise Refused(f"holds {name!a}, which is neither a group nor a dataset")
     return item
 
 
@@ -259,7 +261,7 @@ def _walk(group: h5py.Group, path: str) -> Any:
     item = group
     for part in parts:
         if part == "." or part not in item:
-            raise Refused(f"lacks the weights {ascii(path)} that it lists")
+            raise Refused(f"lacks the weights {path!a} that it lists")
         item = _hard(item, part)
     return item
 
@@ -293,15 +295,15 @@ def _write(path: str, owner: str, dataset: Any, out: io.BufferedIOBase) -> tuple
 
     global _total
     if not isinstance(dataset, h5py.Dataset):
-        raise Refused(f"has a group where the weights {ascii(path)} should be")
+        raise Refused(f"has a group where the weights {path!a} should be")
     if dataset.is_virtual or dataset.external:
-        raise Refused(f"keeps the weights {ascii(path)} in another file; weights must be in the file itself")
+        raise Refused(f"keeps the weights {path!a} in another file; weights must be in the file itself")
     if dataset.dtype.kind not in "fiub" or dataset.shape is None:
-        raise Refused(f"holds weights {ascii(path)} of type {dataset.dtype}; expected numbers")
+        raise Refused(f"holds weights {path!a} of type {dataset.dtype}; expected numbers")
     size = math.prod(dataset.shape) * max(dataset.dtype.itemsize, 4)
     stored = dataset.id.get_storage_size()
     if size > MAX_ARRAY or (size > 4 << 20 and size > 1000 * stored):
-        raise Refused(f"declares {size:,} bytes for {ascii(path)} and holds {stored:,}: more than can be right")
+        raise Refused(f"declares {size:,} bytes for {path!a} and holds {stored:,}: more than can be right")
     _total += size
     if _total > MAX_WEIGHTS:
         raise Refused(f"holds more than {MAX_WEIGHTS >> 30} GiB of weights")

@@ -7,6 +7,7 @@ number that no layer of the file has.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,13 +90,13 @@ def parse(entry: Mapping[str, Any], group: str = "", depth: int = 0) -> Model:
     if not isinstance(config, dict) or not isinstance(config.get("layers"), list):
         if isinstance(kind, str) and kind not in ("Functional", "Model", "Sequential"):
             raise Unsupported(
-                f"the model is of the class {ascii(kind)}, whose code alone knows how its layers are connected; save a "
+                f"the model is of the class {kind!a}, whose code alone knows how its layers are connected; save a "
                 "functional or Sequential model, or export it to ONNX: model.export(path, format='onnx')"
             )
         raise InputError("the configuration has no list of layers")
     if kind not in ("Functional", "Model", "Sequential"):
         raise Unsupported(
-            f"the model is of the class {ascii(kind)}, which is not Keras's own, so its code may do anything; save it "
+            f"the model is of the class {kind!a}, which is not Keras's own, so its code may do anything; save it "
             "as a functional or Sequential model, or export it to ONNX: model.export(path, format='onnx')"
         )
     entries = config["layers"]
@@ -124,7 +125,7 @@ def _sequential(name: str, config: Mapping[str, Any], layers: dict[str, Layer]) 
         shape = config.get("build_input_shape") or chain[0].config.get("batch_input_shape")
         start = Layer(_free("input", layers), "InputLayer", {"batch_shape": shape}, [])
         chain.insert(0, start)
-    for before, layer in zip(chain, chain[1:], strict=False):
+    for before, layer in itertools.pairwise(chain):
         layer.calls, layer.first = [Call([Ref(before.name)])], 0
     return Model(name, "Sequential", {x.name: x for x in chain}, [Ref(chain[0].name)], [Ref(chain[-1].name)])
 
@@ -164,13 +165,8 @@ def _layer(entry: Any, group: str, numbers: dict[str, int], depth: int) -> Layer
     is_model = plain in ("Functional", "Model", "Sequential") and ours
     settings = {} if inner_list else dict(config)
     operation = isinstance(module, str) and ".ops." in module
-    if "module" not in entry and not is_model and not inner_list:  # an operation in an .h5 of Keras 3
-        known = plain in LAYERS or "trainable" in settings or "dtype" in settings
-        operation = not known and _operation(plain) in OPERATIONS
-    if "module" not in entry and not is_model and plain in LAYERS and plain in ("Add", "Subtract", "Multiply",
-                                                                              "Maximum", "Minimum", "Softmax",
-                                                                              "LeakyReLU"):  # fmt: skip
-        operation = not ("trainable" in settings or "dtype" in settings) and isinstance(_first(entry), dict)
+    if "module" not in entry and isinstance(_first(entry), dict):  # in an .h5 of Keras 3 its own settings tell
+        operation = not is_model and not ("trainable" in settings or "dtype" in settings)
     layer = Layer(name, plain, settings, [], operation=operation, ours=ours)
     if not operation:
         stem = _snake(plain)
@@ -208,7 +204,9 @@ def _call(node: Any, layer: Layer) -> Call:
     for item in node:
         if not isinstance(item, list) or len(item) < 3 or not isinstance(item[0], str):
             raise InputError(f"{layer.kind} {layer.name!r} has a call that cannot be understood")
-        given.append(_tree2(item[2]) if item[0] == "_CONSTANT_VALUE" else Ref(item[0], _whole(item[1]), _whole(item[2])))
+        given.append(
+            _constant(item[2]) if item[0] == "_CONSTANT_VALUE" else Ref(item[0], _whole(item[1]), _whole(item[2]))
+        )
         if len(item) > 3 and isinstance(item[3], dict):
             kwargs |= {key: _tree2(value) for key, value in item[3].items()}
     return Call(given if len(given) == 1 else [given], kwargs)
@@ -288,7 +286,9 @@ def _ends(value: Any) -> list[Ref]:
 def _number(model: Model) -> None:
     """Keras 2 counts the making of an inner model as its call 0, so that calls are counted from 1."""
     highest: dict[str, int] = {}
-    every = [ref for layer in model.layers.values() for call in layer.calls for ref in refs_in((call.args, call.kwargs))]
+    every = [
+        ref for layer in model.layers.values() for call in layer.calls for ref in refs_in((call.args, call.kwargs))
+    ]
     for ref in [*every, *model.outputs]:
         highest[ref.layer] = max(highest.get(ref.layer, 0), ref.node)
     for layer in model.layers.values():
@@ -328,9 +328,7 @@ class Shelf:
         self.places: dict[str, Weight] = {}
         self.own: dict[int, list[Weight]] = {}
         if self.by_number:
-            self.places = {
-                w.path.replace("_layer_checkpoint_dependencies/", "layers/"): w for w in contents.weights
-            }
+            self.places = {w.path.replace("_layer_checkpoint_dependencies/", "layers/"): w for w in contents.weights}
         else:
             self._share_out(contents.weights, model)
 
@@ -359,8 +357,8 @@ class Shelf:
             label = names.rpartition("|")[2]
             if weight is None:
                 raise InputError(f"{layer.kind} {path!r} has no weights {label!r} in the file; save the model again")
-            if weight.owner and self.by_number and weight.owner.rpartition("/")[2] not in (layer.name, *_inside(names)):
-                raise InputError(f"{layer.kind} {path!r} would get the weights of {ascii(weight.owner)}")
+            if self.by_number and not _belongs(weight.owner, layer, names):
+                raise InputError(f"{layer.kind} {path!r} would get the weights of {weight.owner!a}")
             value = weight.value
             fits = shape is None or (
                 len(shape) == value.ndim and all(a in (None, b) for a, b in zip(shape, value.shape, strict=True))
@@ -403,9 +401,13 @@ class Shelf:
         return mine[index] if nameless and index < len(mine) else None
 
 
-def _inside(names: str) -> tuple[str, ...]:
+def _belongs(owner: str, layer: Layer, names: str) -> bool:
+    """Whether a group named after `owner` can hold these weights of a layer; files before Keras 3.8 do not say."""
     part = names.partition("/")[0]
-    return (part, _PARTS.get(part, part))
+    inner = layer.config.get("layer")
+    config = inner.get("config") if isinstance(inner, dict) else None
+    wrapped = config.get("name") if isinstance(config, dict) else None
+    return owner in ("", layer.name, part, _PARTS.get(part), wrapped)
 
 
 def _numeric(path: str) -> list[tuple[int, str]]:
@@ -449,7 +451,9 @@ class Assembly:
         source, *others = self.model.inputs
         if others:
             names = ", ".join(ref.layer for ref in self.model.inputs)
-            raise Unsupported(f"the model takes {len(others) + 1} inputs ({names}); innersight explains networks of one")
+            raise Unsupported(
+                f"the model takes {len(others) + 1} inputs ({names}); innersight explains networks of one"
+            )
         name = source.layer
         self.taken.add(name)
         key = (name, 0)
@@ -524,7 +528,8 @@ class Assembly:
             inner = self._expand(layer.inner, f"{name}/", [values[ref] for ref in read])
             keys = [(name, k) for k in range(len(inner))]
             for key, made in zip(keys, inner, strict=True):  # so that the model's own name means its output, too
-                self.steps.append(Step(name if key[1] == 0 else f"{name}:{key[1]}", layer.inner.kind, _same, (made,), (key,)))
+                label = f"{name}:{key[1]}" if key[1] else name
+                self.steps.append(Step(label, layer.inner.kind, _same, (made,), (key,)))
             return keys
         apply, weights = self._apply(layer, prefix)
         args, kwargs = _arguments(layer, call)
@@ -564,9 +569,7 @@ class Assembly:
             dict(layer.config), [torch.from_numpy(np.array(a, copy=True)) for a in self.shelf.all_of(layer)]
         )
         if not isinstance(made, nn.Module):
-            raise InputError(
-                f"custom={{{layer.kind!r}: ...}} must return a torch.nn.Module, got {type(made).__name__}"
-            )
+            raise InputError(f"custom={{{layer.kind!r}: ...}} must return a torch.nn.Module, got {type(made).__name__}")
         made.eval()
         self.modules[path] = made
 
@@ -612,7 +615,7 @@ def _operation_of(layer: Layer, path: str) -> Apply:
     if name not in OPERATIONS:
         said = _function(layer) if layer.kind in _LAMBDAS else layer.kind
         raise Unsupported(
-            f"the operation {ascii(said)} ({path!r}) is not known here; export the model to ONNX instead, or write it "
+            f"the operation {said!a} ({path!r}) is not known here; export the model to ONNX instead, or write it "
             "with layers"
         )
     run = OPERATIONS[name]
@@ -633,8 +636,8 @@ def _unknown(layer: Layer, path: str) -> str:
     if layer.ours and layer.kind in ("LSTM", "GRU", "SimpleRNN", "RNN", "Bidirectional", "ConvLSTM2D", "TFSMLayer"):
         return f"{layer.kind} {path!r} is a kind of layer that innersight does not open; export the model to ONNX"
     return (
-        f"{ascii(layer.kind)} {path!r} is not a layer that innersight knows; say what stands for it with "
-        f"custom={{{ascii(layer.kind)}: make}}, where make(config, weights) returns a torch.nn.Module"
+        f"{layer.kind!a} {path!r} is not a layer that innersight knows; say what stands for it with "
+        f"custom={{{layer.kind!a}: make}}, where make(config, weights) returns a torch.nn.Module"
     )
 
 
@@ -662,7 +665,14 @@ class _Run:
     """One call of a layer: puts the values read where the arguments have Refs."""
 
     def __init__(self, apply: Apply, names: list[str], args: Any, kwargs: Any, order: Mapping[Ref, int], count: int):
-        self.apply, self.names, self.args, self.kwargs, self.order, self.count = apply, names, args, kwargs, order, count
+        self.apply, self.names, self.args, self.kwargs, self.order, self.count = (
+            apply,
+            names,
+            args,
+            kwargs,
+            order,
+            count,
+        )
 
     def __call__(self, *given: Any) -> Any:
         values = given[: len(self.order)]

@@ -20,6 +20,15 @@ import torch.nn.functional as F
 
 from innersight.errors import InputError, Unsupported
 
+MAX_VALUE = 1 << 29
+"""Numbers in the largest value that a layer may make of one picture; a file of a few bytes can ask for any size."""
+
+
+def allow(shape: Sequence[int]) -> None:
+    """Raises InputError for a value (N, ...) that is larger than any network's."""
+    if math.prod(shape[1:]) > MAX_VALUE:
+        raise InputError(f"a layer would make a value of shape {tuple(shape)}, larger than networks of pictures need")
+
 
 @dataclass(frozen=True)
 class Value:
@@ -143,7 +152,7 @@ def aligned(values: Sequence[Any], batch_first: bool = False) -> tuple[list[Any]
 
     batch_first: missing axes are put in behind the batch, as merging layers do, instead of in front.
     """
-    values = [v for v in values]
+    values = list(values)
     tensors = [v for v in values if isinstance(v, Value)]
     rank = max((v.rank for v in tensors), default=0)
     moved = any(v.moved for v in tensors)
@@ -160,6 +169,8 @@ def aligned(values: Sequence[Any], batch_first: bool = False) -> tuple[list[Any]
             shape = (t.shape[0], *[1] * lacks, *t.shape[1:]) if batch_first else (*[1] * lacks, *t.shape)
             t = t.reshape(shape)
             out.append(t.movedim(-1, 1) if moved else t)
+    sizes = [v.shape for v in out if isinstance(v, torch.Tensor) and v.dim() == rank]
+    allow([max(axis) for axis in zip(*sizes, strict=True)])
     return out, moved
 
 
@@ -187,6 +198,8 @@ def same(sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dil
 def padded(x: torch.Tensor, pads: Sequence[tuple], value: float = 0.0) -> torch.Tensor:
     if not any(map(any, pads)):
         return x
+    lead = x.dim() - len(pads)
+    allow((*x.shape[:lead], *(n + a + b for n, (a, b) in zip(x.shape[lead:], pads, strict=True))))
     return F.pad(x, [side for pair in reversed(pads) for side in pair], value=value)
 
 
@@ -273,7 +286,7 @@ def activation(b: Build, spec: Any) -> Callable[[Value], Value]:
         return unary(_hard_sigmoid_of_keras2)
     if name not in ELEMENTWISE or not isinstance(name, str):
         raise Unsupported(
-            f"{b.kind} {b.name!r} has the activation {ascii(name)}, which innersight does not know; custom= takes "
+            f"{b.kind} {b.name!r} has the activation {name!a}, which innersight does not know; custom= takes "
             "what stands for it"
         )
     return unary(ELEMENTWISE[name])
@@ -306,6 +319,9 @@ def _convolution(b: Build, n: int) -> Callable[[torch.Tensor, torch.Tensor, Any,
         elif padding == "causal":
             pads = [(dilation[0] * (kernel[0] - 1), 0)]
         even = tuple(before for before, _ in pads)
+        sides = zip(x.shape[2:], pads, kernel, stride, dilation, strict=True)
+        out = [(n + p + q - (k - 1) * d - 1) // s + 1 for n, (p, q), k, s, d in sides]
+        allow((x.shape[0], weight.shape[0], *out))
         if any(before != after for before, after in pads):
             x, even = padded(x, pads), (0,) * n
         return _CONV[n](x, weight, bias, stride, even, dilation, groups)
@@ -402,6 +418,10 @@ def transposed(n: int) -> Callable[[Build], Apply]:
             cuts = [cut(size, axis) for axis, size in enumerate(x.shape[2:])]
             x = padded(x, [(front, 0) for front, _, _ in cuts])
             before, behind = tuple(c[1] for c in cuts), tuple(c[2] for c in cuts)
+            full = [
+                (n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(x.shape[2:], stride, kernel, dilation, strict=True)
+            ]
+            allow((x.shape[0], filters, *full))
             y = _TRANSPOSED[n](x, w["kernel"], w.get("bias"), stride, before, behind, 1, dilation)
             return act(Value(y, moved))
 
@@ -412,14 +432,17 @@ def transposed(n: int) -> Callable[[Build], Apply]:
 
 # --- pools, paddings, sizes ------------------------------------------------------------------------------------------
 
-_POOLS = {
+_POOLS: dict[tuple[str, int], Callable[..., torch.Tensor]] = {
     ("max", 1): F.max_pool1d, ("max", 2): F.max_pool2d, ("max", 3): F.max_pool3d,
     ("average", 1): F.avg_pool1d, ("average", 2): F.avg_pool2d, ("average", 3): F.avg_pool3d,
 }  # fmt: skip
 
 
 def pool(which: str, n: int) -> Callable[[Build], Apply]:
-    """padding="same" with more behind than in front is torch's ceil_mode; real cells alone count in averages."""
+    """Pools; with padding="same" the cells of the padding win no maximum and do not count in an average.
+
+    More padding behind than in front is torch's ceil_mode, except where a window of even size moves by one.
+    """
 
     def build(b: Build) -> Apply:
         look, moved = spatial(b, n)
@@ -428,14 +451,22 @@ def pool(which: str, n: int) -> Callable[[Build], Apply]:
         whole = b.choice("padding", "valid", ("valid", "same")) == "same"
         if min(*size, *stride) < 1:
             raise b.wrong("a pool or stride below 1")
+        run = _POOLS[which, n]
 
         def apply(_: Weights, v: Value) -> Value:
             x = look(v)
-            pads = tuple(p for p, _ in same(x.shape[2:], size, stride, (1,) * n)) if whole else (0,) * n
+            if not whole:
+                return Value(run(x, size, stride), moved)
+            pads = same(x.shape[2:], size, stride, (1,) * n)
+            if any(before < after and s == 1 for (before, after), s in zip(pads, stride, strict=True)):
+                if which == "max":
+                    return Value(run(padded(x, pads, -math.inf), size, stride), moved)
+                real = run(padded(torch.ones_like(x[:1, :1]), pads), size, stride)
+                return Value(run(padded(x, pads), size, stride) / real, moved)
+            before = tuple(p for p, _ in pads)
             if which == "max":
-                return Value(_POOLS["max", n](x, size, stride, pads, ceil_mode=whole), moved)
-            y = _POOLS["average", n](x, size, stride, pads, ceil_mode=whole, count_include_pad=not whole)
-            return Value(y, moved)
+                return Value(run(x, size, stride, before, ceil_mode=True), moved)
+            return Value(run(x, size, stride, before, ceil_mode=True, count_include_pad=False), moved)
 
         return apply
 
@@ -514,6 +545,7 @@ def upsampling(n: int) -> Callable[[Build], Apply]:
 
 
 def resized(x: torch.Tensor, size: Sequence[int], how: str) -> torch.Tensor:
+    allow((*x.shape[:2], *size))
     return _RESIZES[how](x, list(size))
 
 
@@ -600,7 +632,13 @@ def dense(b: Build) -> Apply:
     b.weight("kernel", (None, units), np.transpose)
     b.bias(units)
     act = b.activation()
-    return lambda w, v: act(Value(F.linear(keras_order(v), w["kernel"], w.get("bias"))))
+
+    def apply(w: Weights, v: Value) -> Value:
+        x = keras_order(v)
+        allow((*x.shape[:-1], units))
+        return act(Value(F.linear(x, w["kernel"], w.get("bias"))))
+
+    return apply
 
 
 def einsum_dense(b: Build) -> Apply:
@@ -705,14 +743,15 @@ def group_norm(b: Build) -> Apply:
 
 
 def unit_norm(b: Build) -> Apply:
-    axes = _axes(b)
-    return lambda _, v: _normalized(v, axes)
+    axes, least = _axes(b), 1e-12 if b.keras2 else 1e-24
+    return lambda _, v: _normalized(v, axes, least)
 
 
-def _normalized(v: Value, axes: Sequence[int], epsilon: float = 1e-12) -> Value:
+def _normalized(v: Value, axes: Sequence[int], least: float) -> Value:
+    """Over its length, whose square is taken as `least` or more."""
     at = [axis_in(v, a) for a in axes]
     squares = (v.tensor * v.tensor).sum(at, keepdim=True)
-    return Value(v.tensor * torch.rsqrt(squares.clamp(min=epsilon)), v.moved)
+    return Value(v.tensor * torch.rsqrt(squares.clamp(min=least)), v.moved)
 
 
 def rms_norm(b: Build) -> Apply:
@@ -729,8 +768,7 @@ def rms_norm(b: Build) -> Apply:
 
 def normalization(b: Build) -> Apply:
     config = b.config
-    axis = config.get("axis", -1)
-    axes = [] if axis is None else _axes(b)
+    axes = _axes(b) if config.get("axis", -1) not in (None, []) else []
     if config.get("mean") is None:
         b.weight("mean", (None,) * len(axes))
         b.weight("variance", (None,) * len(axes))
@@ -901,6 +939,7 @@ def joined(values: list[Any], axis: int) -> Value:
     if len({v.rank for v in values}) != 1:
         raise InputError("values with different numbers of axes cannot be concatenated")
     tensors, moved = aligned(values)
+    allow((tensors[0].shape[0], sum(t[0].numel() for t in tensors)))
     return Value(torch.cat(tensors, axis_in(Value(tensors[0], moved), axis)), moved)
 
 
@@ -932,7 +971,12 @@ def permute(b: Build) -> Apply:
 
 def repeat_vector(b: Build) -> Apply:
     n = b.int("n")
-    return lambda _, v: Value(v.tensor.unsqueeze(1).repeat(1, n, 1))
+
+    def apply(_: Weights, v: Value) -> Value:
+        allow((v.tensor.shape[0], n, v.tensor.shape[1]))
+        return Value(v.tensor.unsqueeze(1).repeat(1, n, 1))
+
+    return apply
 
 
 # --- attention, wrappers ---------------------------------------------------------------------------------------------
@@ -1057,7 +1101,7 @@ LAYERS: dict[str, Callable[[Build], Apply]] = {
 
 
 def _elementwise(fn: Callable[..., torch.Tensor]) -> Apply:
-    def apply(v: Any, *args: Any, **_: Any) -> Value:
+    def apply(v: Any, *_: Any, **__: Any) -> Value:
         return Value(fn(v.tensor), v.moved)
 
     return apply
@@ -1065,11 +1109,13 @@ def _elementwise(fn: Callable[..., torch.Tensor]) -> Apply:
 
 def _binary(fn: Callable[[Any, Any], torch.Tensor]) -> Apply:
     def apply(x: Any = None, y: Any = None, *, x1: Any = None, x2: Any = None, a: Any = None, b: Any = None,
-              **_: Any) -> Value:  # fmt: skip
-        left = next((v for v in (x, x1, a) if v is not None), None)
-        right = next((v for v in (y, x2, b) if v is not None), None)
+              value: Any = None, bias: Any = None, **_: Any) -> Value:  # fmt: skip
+        left = next((v for v in (x, x1, a, value) if v is not None), None)
+        right = next((v for v in (y, x2, b, bias) if v is not None), None)
         if left is None or right is None:
             raise InputError("an operation on two values got one")
+        some = next(v for v in (left, right) if isinstance(v, Value)).tensor
+        left, right = (Value(some.new_tensor(v)) if isinstance(v, list) else v for v in (left, right))
         (one, two), moved = aligned([left, right])
         if not isinstance(one, torch.Tensor) and fn not in _OPERATORS:
             one = torch.as_tensor(one, dtype=two.dtype, device=two.device)
@@ -1121,6 +1167,7 @@ def _concat_op(values: Any, axis: int = -1, **_: Any) -> Value:
 
 
 def _stack(values: Any, axis: int = 0, **_: Any) -> Value:
+    allow((1, sum(v.tensor[0].numel() for v in values)))
     return Value(torch.stack([keras_order(v) for v in values], axis))
 
 
@@ -1139,7 +1186,9 @@ def _transpose(v: Value, axes: Any = None, *, perm: Any = None, **_: Any) -> Val
 
 def _squeeze(v: Value, axis: Any = None, **_: Any) -> Value:
     x = keras_order(v)
-    axes = [a for a in range(1, v.rank) if x.shape[a] == 1] if axis is None else [axis] if isinstance(axis, int) else axis
+    axes = (
+        [a for a in range(1, v.rank) if x.shape[a] == 1] if axis is None else [axis] if isinstance(axis, int) else axis
+    )
     return Value(x.squeeze(tuple(axes)))
 
 
@@ -1171,7 +1220,7 @@ def _pad_op(v: Value, pad_width: Any = None, *, paddings: Any = None, mode: str 
     pairs = pairs * v.rank if len(pairs) == 1 else pairs
     sides = [(0, 0)] * v.rank
     for axis, pair in enumerate(pairs):
-        sides[axis_in(v, axis)] = pair  # type: ignore[assignment]
+        sides[axis_in(v, axis)] = pair
     mode = mode.lower()
     if mode == "constant":
         fill = _plain(constant_values) or 0
@@ -1248,14 +1297,14 @@ def _resize_op(v: Value, size: Any = None, *, interpolation: str = "bilinear", m
     return Value(resized(channels_first(v), list(size), how), True)
 
 
-def _depth_to_space(v: Value, block_size: int = 2, *, data_format: str = "NHWC", **_: Any) -> Value:
+def _depth_to_space(v: Value, block_size: int = 2, *_: Any, **__: Any) -> Value:
     x = keras_order(v)
     n, h, w, c = x.shape
     y = x.reshape(n, h, w, block_size, block_size, c // block_size**2).permute(0, 5, 1, 3, 2, 4)
     return Value(y.reshape(n, -1, h * block_size, w * block_size), True)
 
 
-def _space_to_depth(v: Value, block_size: int = 2, *, data_format: str = "NHWC", **_: Any) -> Value:
+def _space_to_depth(v: Value, block_size: int = 2, *_: Any, **__: Any) -> Value:
     x = keras_order(v)
     n, h, w, c = x.shape
     s = block_size
@@ -1263,10 +1312,16 @@ def _space_to_depth(v: Value, block_size: int = 2, *, data_format: str = "NHWC",
     return Value(y.reshape(n, s * s * c, h // s, w // s), True)
 
 
-def _normalize_op(v: Value, axis: Any = -1, order: Any = 2, epsilon: Any = 1e-12, **_: Any) -> Value:
+def _normalize_op(v: Value, axis: Any = -1, order: Any = 2, epsilon: Any = None, **_: Any) -> Value:
     if order != 2:
         raise Unsupported(f"normalize with order={order!r} is not known here; expected 2")
-    return _normalized(v, [axis] if isinstance(axis, int) else axis, float(epsilon))
+    axes = [-1] if axis is None else [axis] if isinstance(axis, int) else axis
+    return _normalized(v, axes, (1e-7 if epsilon is None else float(epsilon)) ** 2)
+
+
+def _l2_normalize(v: Value, axis: Any = None, epsilon: Any = 1e-12, **_: Any) -> Value:
+    axes = list(range(1, v.rank)) if axis is None else [axis] if isinstance(axis, int) else axis
+    return _normalized(v, axes, float(epsilon))
 
 
 OPERATIONS: dict[str, Apply] = {
@@ -1317,5 +1372,6 @@ OPERATIONS: dict[str, Apply] = {
     "resize": _resize_op,
     "depth_to_space": _depth_to_space,
     "space_to_depth": _space_to_depth,
-    **dict.fromkeys(("normalize", "l2_normalize"), _normalize_op),
+    "normalize": _normalize_op,
+    "l2_normalize": _l2_normalize,
 }  # fmt: skip
