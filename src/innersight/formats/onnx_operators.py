@@ -565,6 +565,10 @@ def _einsum(n: Node, *values: torch.Tensor) -> torch.Tensor:
 @operator("Attention")
 def _attention(n: Node, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None,
                *past: Any) -> torch.Tensor:  # fmt: skip
+    known = {"q_num_heads", "kv_num_heads", "scale", "is_causal", "softcap", "qk_matmul_output_mode",
+             "softmax_precision"}  # fmt: skip
+    if others := sorted(set(n.attributes) - known):
+        raise refuse(n, f"has the attribute {others[0]!r}, which is not supported")
     if any(p is not None for p in past) or n.wants(1) or n.wants(2) or n.wants(3) or n.get("softcap", 0.0):
         raise refuse(n, "keeps keys of the past or has a soft cap, which is not supported")
     flat = q.dim() == 3
@@ -738,7 +742,7 @@ def _max_pool_with_indices(n: Node, x: torch.Tensor, d: int) -> tuple[torch.Tens
     kernel, strides, dilations, before, *_rest = _window(n, x)
     wide, kernel, strides, dilations = _needed(n, x, -torch.inf)
     y, flat = _MAX[d](wide, kernel, strides, 0, dilations, return_indices=True)
-    places = []
+    places: list[torch.Tensor] = []
     for size, start in zip(reversed(wide.shape[2:]), reversed(before), strict=True):
         places.insert(0, flat % size - start)
         flat = flat // size
@@ -919,6 +923,17 @@ def _arg(function: Callable[..., torch.Tensor]) -> Operator:
 
 operator("ArgMax")(_arg(torch.argmax))
 operator("ArgMin")(_arg(torch.argmin))
+
+
+@operator("CumProd", host=(1,))
+def _cumprod(n: Node, x: torch.Tensor, axis: Value) -> torch.Tensor:
+    dim = ints(axis)[0]
+    back = bool(n.get("reverse", 0))
+    x = x.flip(dim) if back else x
+    if n.get("exclusive", 0):
+        x = torch.cat([torch.ones_like(x.narrow(dim, 0, 1)), x.narrow(dim, 0, x.shape[dim] - 1)], dim)
+    y = x.cumprod(dim).to(x.dtype)
+    return y.flip(dim) if back else y
 
 
 @operator("CumSum", host=(1,))
@@ -1133,6 +1148,8 @@ def _depth_to_space(n: Node, x: torch.Tensor) -> torch.Tensor:
 @operator("SpaceToDepth")
 def _space_to_depth(n: Node, x: torch.Tensor) -> torch.Tensor:
     block = n.get("blocksize")
+    if n.get("mode", b"DCR") == b"CRD":
+        return F.pixel_unshuffle(x, block)
     batch, channels, height, width = x.shape
     y = x.reshape(batch, channels, height // block, block, width // block, block).permute(0, 3, 5, 1, 2, 4)
     return y.reshape(batch, channels * block**2, height // block, width // block)
@@ -1158,8 +1175,9 @@ def _col2im(n: Node, x: torch.Tensor, image: Value, block: Value) -> torch.Tenso
     if len(size) != 2:
         raise refuse(n, f"on {len(size)} spatial dimensions is not supported (2 are)")
     pads = n.get("pads") or [0] * 4
-    wide = [size[0] + pads[0] + pads[2], size[1] + pads[1] + pads[3]]
-    y = F.fold(x, wide, kernel, _listed(n, "dilations", 2), 0, _listed(n, "strides", 2))
+    wide = size[0] + pads[0] + pads[2], size[1] + pads[1] + pads[3]
+    dilations, strides = tuple(_listed(n, "dilations", 2)), tuple(_listed(n, "strides", 2))
+    y = F.fold(x, wide, tuple(kernel), dilations, 0, strides)
     return padded(y, [-p for p in pads[:2]], [-p for p in pads[2:]])
 
 

@@ -160,7 +160,7 @@ def _weights(n: Node, places: np.ndarray, side: int, factor: float, mode: str) -
     taps = start[:, None] + np.arange(-reach, reach + 1)
     distance = np.abs(taps - places[:, None]) / stretch
     w = np.maximum(1 - distance, 0) if mode == "linear" else _cubic(distance, n.get("cubic_coeff_a", -0.75))
-    if n.get("exclude_outside", 0) or n.get("antialias", 0):
+    if n.get("exclude_outside", 0):
         w = np.where((taps < 0) | (taps >= side), 0, w)
     w = w / w.sum(1, keepdims=True)
     table = np.zeros((len(places), side))
