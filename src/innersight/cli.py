@@ -20,7 +20,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -286,12 +286,14 @@ def _number(text: str) -> float | int:
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
-def _on_model(images: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _on_model(
+    images: bool = False, required: bool = True, as_json: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """MODEL and how it is opened, as one argument `model`; IMAGE... where asked for; and --json."""
-    names = ("weights", "arch", "input_shape", "output_name", "device", "trust")
+    names = ("weights", "arch", "input_shape", "output_name", "device", "trust", "arithmetic")
     options = [
         click.argument("model"),
-        *([click.argument("images", nargs=-1, required=True, metavar="IMAGE...")] if images else []),
+        *([click.argument("images", nargs=-1, required=required, metavar="IMAGE...")] if images else []),
         click.option("--weights", metavar="FILE|none", help="For a model by name; 'none' leaves it untrained."),
         click.option("--arch", metavar="PKG.MOD:FACTORY", help="What network a file of weights is for."),
         click.option("--labels", metavar="FILE|A,B,...", help="Class names, in the order of the outputs."),
@@ -301,7 +303,9 @@ def _on_model(images: bool = False) -> Callable[[Callable[..., None]], Callable[
         click.option("--output-name", metavar="NAME", help="Which of several outputs is the answer."),
         click.option("--device", metavar="cpu|cuda", help="Where to run."),
         click.option("--trust", is_flag=True, help="Allow files that run code when they are loaded."),
-        _json_option,
+        click.option("--arithmetic", metavar="device|litert|float",
+                     help="Of a quantised TFLite file: the device's integers (default), LiteRT's, or its float twin."),
+        *([_json_option] if as_json else []),
     ]  # fmt: skip
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -984,6 +988,80 @@ def _opened_for(source: str, which: str, opening: Mapping[str, Any]) -> Any:
         given["arch"] = opening["arch" + which] if which else None
     options = {"device": opening["device"], "trust": opening["trust"], **given}
     return Model(source, options.pop("preprocess"), opening["labels"], options).open()
+
+
+_with_option = click.option(
+    "--with", "other", metavar="MODEL_B", help="A second network on the same pictures, to compare."
+)
+_explained_option = click.option(
+    "--target", metavar="CLASS", help="What is explained; default the class that each network predicts."
+)
+
+
+@main.command()
+@click.option("--method", "methods", multiple=True, metavar="NAME",
+              help="Saliency maps to put in; repeatable, or a comma list. Default: "
+              "gradcam,smoothgrad,integrated_gradients.")  # fmt: skip
+@_explained_option
+@_with_option
+@click.option("--title", metavar="TEXT", help="Of the page; default the network's name.")
+@click.option("--max-mb", type=click.FloatRange(min=0.1), default=25.0, show_default=True, metavar="MB",
+              help="The file is no larger; what is left out for it is said on the page.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default="report.html", show_default=True, metavar="FILE")
+@_on_model(images=True)
+def report(model: Model, images: tuple[str, ...], methods: tuple[str, ...], target: str | None, other: str | None,
+           title: str | None, max_mb: float, out: Path, as_json: bool) -> None:  # fmt: skip
+    """All about MODEL on these IMAGEs, as one page that opens from disk.
+
+    Every layer's maps with their receptive fields, saliency maps with their verdicts, predictions: the page of
+    `innersight view` with its data in it, one HTML file that needs no network, no server and no innersight.
+    """
+    from innersight import storage
+    from innersight.viewer import report as page
+
+    if out.suffix.lower() != ".html":
+        raise errors.InputError(f"{out.name!r}: a report is a .html file")
+    storage.check_place(out)
+    _check_images(images)
+    chosen = [m.name for m in _methods(_split(methods))] or list(page.METHODS)
+    nets = [model.open(), *([] if other is None else [_second(model, other)])]
+    with _stages(quiet=as_json) as progress:
+        file = page.report(
+            nets, list(images), out, methods=chosen, target=target, title=title, max_mb=max_mb,
+            progress=lambda done, total, what: progress(what, done, total, ""),
+        )  # fmt: skip
+    size = file.stat().st_size
+    if as_json:
+        _print_json({"file": file, "bytes": size})
+        return
+    click.echo(f"wrote {file} ({size / 1e6:.1f} MB)")
+    _notes(nets[0].notes)
+
+
+@main.command()
+@_explained_option
+@_with_option
+@click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="N", help="Default: any that is free.")
+@click.option("--browser/--no-browser", default=True, help="Open the page in the browser.")
+@_on_model(images=True, required=False, as_json=False)
+def view(model: Model, images: tuple[str, ...], target: str | None, other: str | None, port: int,
+         browser: bool) -> None:  # fmt: skip
+    """Look into MODEL in the browser: served on this machine alone, computed on demand.
+
+    The address carries a token; other users and other web pages get nothing. Ctrl-C ends it.
+    """
+    from innersight.viewer import server
+
+    if images:
+        _check_images(images)
+    nets = [model.open(), *([] if other is None else [_second(model, other)])]
+    _notes(nets[0].notes)
+    server.view(nets, list(images) or None, target=target, port=port, browser=browser, told=click.echo)
+
+
+def _second(model: Model, source: str) -> Network:
+    """Another network, opened with what was said of the first that holds for both."""
+    return replace(model, source=source).open()
 
 
 @main.command()

@@ -74,6 +74,11 @@ def written(session: Session, methods: Sequence[str], limit: int, progress: Call
     shell = len(assembled(manifest, {}))
     kept, reduced = _fitted(session, limit - shell - sum(_cost(k, v) for k, v in fixed.items()), progress)
     manifest |= {"reduced": reduced, "limit": limit}
+    room = limit - len(assembled(manifest, fixed | kept))
+    for name, chunk in _filters(session):
+        if (cost := _cost(name, chunk)) <= room:
+            fixed[name] = chunk
+            room -= cost
     content = assembled(manifest, fixed | kept)
     if len(content) > limit:
         raise errors.InputError(
@@ -107,12 +112,18 @@ def _fixed(session: Session) -> Iterator[tuple[str, bytes]]:
         yield (k := key("picture", i)), session.get(k)
     for entry in session.saliencies:
         yield entry["key"], session.get(entry["key"])
-    for m, net in enumerate(session.networks):
+
+
+def _filters(session: Session) -> Iterator[tuple[str, bytes]]:
+    """Weights of the layers: those that look at the picture itself first, large ones not at all."""
+    found = []
+    for m in range(len(session.networks)):
         for name in session._table(m):
             weight = session.weight(m, name)
-            if weight is not None and weight.nbytes <= 1 << 18:
-                yield key("filters", m, name), chunks.pack({"weight": weight})
-        del net
+            if weight is not None and weight.nbytes <= 1 << 19:
+                found.append((weight.shape[1] > 4, weight.nbytes, key("filters", m, name), weight))
+    for *_, name, weight in sorted(found, key=lambda f: f[:3]):
+        yield name, chunks.pack({"weight": weight})
 
 
 @dataclass
