@@ -137,7 +137,7 @@ def test_it_parts_where_the_weights_were_changed(x):
     assert all(c.layers[n].equal for n in before)
     behind = list(c.layers)[list(c.layers).index("conv2") :]
     assert not any(c.layers[n].equal for n in behind)
-    assert "most of the difference arises at this layer" in str(c.first_divergence)
+    assert "is equal in both, so the difference arises here" in str(c.first_divergence)
 
 
 def test_a_small_change_is_found_though_it_stays_above_the_threshold(x):

@@ -55,7 +55,7 @@ class Predicted:
         p, q = (_distributions(x, exclusive) for x in (p, q))
         middle = (p + q) / 2
         js = (_entropy(p, middle) + _entropy(q, middle)) / 2
-        kl = _entropy(p, np.maximum(q, 1e-6))
+        kl = np.maximum(_entropy(p, np.maximum(q, 1e-6)), 0)
         return cls(a, b, names, columns, how, top, change, np.clip(js, 0, 1), kl, tied)
 
     @property
@@ -154,7 +154,8 @@ class Reasons:
 
     method:      its name; layer_a, layer_b: where it looks, if it looks at a layer
     targets:     what was explained, in words
-    correlation: (N,) of the two maps (Pearson); nan where one of them tells no place from another
+    correlation: (N,) of the two maps (Pearson); nan where one of them tells no place from
+                 another, or is nothing beside an ordinary score
     rank:        (N,) of their ranks (Spearman)
     grid:        on which grid they were compared, in words
     kept:        image -> both saliencies, of those that are least alike
@@ -177,6 +178,8 @@ class Reasons:
         for i in range(len(rows)):
             x, y, self.grid = _on_one_grid(a, b, i)
             seen = np.isfinite(x) & np.isfinite(y)
+            if a.scale(i).blank or b.scale(i).blank:
+                seen[:] = False  # noise around nothing has no places to compare
             found.append((_correlation(x[seen], y[seen]), _correlation(_ranks(x[seen]), _ranks(y[seen]))))
             self.kept[rows[i]] = a[i], b[i]
         self.targets += a.targets
@@ -206,7 +209,9 @@ class Reasons:
         known = self.correlation[np.isfinite(self.correlation)]
         if not known.size:
             return "no picture has two maps to compare"
-        return f"maps correlate by {known.min():.2f} to {known.max():.2f}, median {np.median(known):.2f}"
+        blank = len(self.correlation) - known.size
+        nothing = f"; in {blank} image{'s' * (blank != 1)} a map tells no place from another" if blank else ""
+        return f"maps correlate by {known.min():.2f} to {known.max():.2f}, median {np.median(known):.2f}{nothing}"
 
     def to_json(self) -> dict[str, Any]:
         return jsonable(

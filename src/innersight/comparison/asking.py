@@ -18,7 +18,7 @@ from innersight import __version__, errors, storage
 from innersight.comparison import alignment
 from innersight.comparison.alignment import Alignment, Pair, Place
 from innersight.comparison.answers import Predicted, Reasons
-from innersight.comparison.layers import LayerTable, Sums, first, largest
+from innersight.comparison.layers import LayerTable, Sums, decibel, first, largest
 from innersight.comparison.result import Comparison
 from innersight.comparison.sides import Dump, Opened, Side, sides
 from innersight.images import Inputs
@@ -75,13 +75,13 @@ def compare(
             stack.enter_context(side.session())
         aligned = alignment.align(side_a.places(), side_b.places())
         work.refine(aligned, reorder=channels == "match")
-        if not aligned.pairs:
-            raise errors.InputError(
-                f"no layer of {side_a.name} could be aligned with one of {side_b.name}: no name, and no run of layers "
-                "of the same kinds and shapes, is in both"
-            )
         work.pick(aligned, layers)
         sums, predicted = work.measure(aligned)
+        if not aligned.pairs and predicted is None:
+            raise errors.InputError(
+                f"no layer of {side_a.name} could be aligned with one of {side_b.name}: no name, and no run of layers "
+                "of the same kinds and shapes, is in both; nor can their answers be compared"
+            )
         shown = work.shown(aligned, sums, predicted)
     reasons = work.reasons(aligned, predicted, method, target, at) if method is not None else None
     rows = [s.finish(p, shown.get(p.a.name)) for p, s in zip(aligned.pairs, sums, strict=True)]
@@ -89,7 +89,7 @@ def compare(
     return Comparison(
         a=side_a.name, b=side_b.name, layers=table, only_a=tuple(aligned.only_a), only_b=tuple(aligned.only_b),
         predictions=predicted, reasons=reasons, pictures=side_a.pictures or side_b.pictures or [],
-        count=side_a.count, shown_picture=work.looked_at, threshold=threshold,
+        count=side_a.count, inputs_sqnr=work.inputs(), shown_picture=work.looked_at, threshold=threshold,
         divergence=first(rows, work.readers(aligned), threshold), largest=largest(rows, work.readers(aligned)),
         provenance=Provenance(
             network=f"{side_a.name} and {side_b.name}", method=method, layer=None, seed=0,
@@ -159,6 +159,19 @@ class _Work:
             yield part, va, vb, oa, ob
             start += len(part)
             self.progress(what, start, len(rows))
+
+    def inputs(self) -> float | None:
+        """Signal to noise of what both networks are fed, in dB; None where that cannot be said."""
+        if not (isinstance(self.a, Opened) and isinstance(self.b, Opened)):
+            return None
+        x, y = self.a.inputs.tensor, self.b.inputs.tensor
+        if x.shape != y.shape:
+            return None
+        signal = noise = 0.0
+        for p, q in zip(x, y, strict=True):  # one by one: a copy of all in double would be too much
+            signal += float(p.double().square().sum())
+            noise += float((p.double() - q.to(p.device).double()).square().sum())
+        return float(decibel(signal, noise))
 
     # -- alignment by values
 

@@ -360,34 +360,33 @@ class Divergence:
         cls, row: LayerComparison, inputs: Sequence[LayerComparison], threshold: float | None = None
     ) -> Divergence:  # fmt: skip
         before = min([EXACT, *(i.sqnr for i in inputs)])
+        drop = before - min(EXACT, row.sqnr)
         rule = (
-            "the layer that loses most signal to noise against the aligned layers it reads"
+            f"where {drop:.1f} dB are lost against the aligned layers that it reads, more than anywhere else"
             if threshold is None
             else f"the first layer in a's order with less than {threshold:g} dB of signal to noise"
         )
-        return cls(row, tuple(inputs), before - min(EXACT, row.sqnr), rule)
+        return cls(row, tuple(inputs), drop, rule)
 
     def __str__(self) -> str:
         r = self.layer
-        if self.inputs:
-            low = min(self.inputs, key=lambda i: i.sqnr)
-            fed = f"{low.a}, which it reads, " + ("is equal in both" if low.equal else f"has {db_text(low.sqnr)} dB")
-            if len(self.inputs) > 1:
-                fed = f"of the aligned layers that it reads, the worst, {low.a}, " + (
-                    "is equal in both" if low.equal else f"has {db_text(low.sqnr)} dB"
-                )
-        else:
-            fed = "it reads the picture, or nothing before it is aligned"
-        if self.drop >= 10 or not self.inputs:
-            where = "So most of the difference arises at this layer, or between that one and it."
-        elif self.drop > 0:
-            where = "So most of the difference has built up before it, layer by layer."
-        else:
-            where = "So the difference comes from before it."
+        ranges = f"there a reads {_range_text(r.range_a)} and b {_range_text(r.range_b)}"
+        return f"{named(r)}, {self.rule}, with {db_text(r.sqnr)} dB; {self._fed()}; {ranges}."
+
+    def _fed(self) -> str:
+        """What its inputs say of where the difference arises."""
         if not self.inputs:
-            where = ""
-        ranges = f"a reads {_range_text(r.range_a)}, b {_range_text(r.range_b)}"
-        return f"{named(r)}: {db_text(r.sqnr)} dB, {self.rule}; {fed} ({ranges}). {where}".strip()
+            return "nothing before it is aligned"
+        low = min(self.inputs, key=lambda i: i.sqnr)
+        which = f"{low.a}, which it reads," if len(self.inputs) == 1 else f"{low.a}, the worst of what it reads,"
+        if low.equal:
+            return f"{which} is equal in both, so the difference arises here or on the way from there"
+        has = f"{which} has {db_text(low.sqnr)} dB"
+        if self.drop >= 10:
+            return f"{has}, so most of the difference arises here or on the way from there"
+        if self.drop > 0:
+            return f"{has}, so most of the difference comes from further up"
+        return f"{has}, no more, so the difference comes from further up"
 
     def to_json(self) -> dict[str, Any]:
         return jsonable(

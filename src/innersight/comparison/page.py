@@ -74,7 +74,7 @@ def _list(items: Sequence[str]) -> str:
 
 def _figure(figure: Figure, caption: str) -> str:
     data = base64.b64encode(plots.png(figure)).decode("ascii")
-    width = round(figure.get_figwidth() * 100)
+    width = round(figure.get_figwidth() * 130)
     return (
         f'<figure><img width="{width}" alt="{html.escape(caption)}" src="data:image/png;base64,{data}">\n'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from innersight import errors, storage
+from innersight.comparison.alignment import family
 from innersight.comparison.answers import UNLIKE, Predicted, Reasons
 from innersight.comparison.layers import Divergence, LayerComparison, LayerTable, db_text, named
 from innersight.results import Provenance, Result
 
 if TYPE_CHECKING:
     from innersight.images import Picture
+
+NOTABLE = 0.01  # the share of saturated values that is worth a sentence
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,6 +32,7 @@ class Comparison(Result):
     reasons:     the saliencies of both; None where they were not asked for or cannot be compared
     count:       of images
     threshold:   dB below which a layer counts as parted
+    inputs_sqnr: signal to noise of what both networks are fed, in dB; None where its shapes differ
     shown_picture: the image whose maps are kept: where the answers are furthest apart
     """
 
@@ -44,6 +49,7 @@ class Comparison(Result):
     count: int
     shown_picture: int
     threshold: float
+    inputs_sqnr: float | None
     divergence: Divergence | None
     largest: Divergence | None
     provenance: Provenance
@@ -69,9 +75,14 @@ class Comparison(Result):
         images = f"{self.count} image{'s' * (self.count != 1)}"
         many = f"{len(rows)} layers" if len(rows) != 1 else "1 layer"
         said = [f"Compared: {self.a} (a) and {self.b} (b), {many} over {images}."]
-        if all(r.equal for r in rows):
+        if self.inputs_sqnr is not None and self.inputs_sqnr < math.inf:
+            said.append(
+                f"They are not fed the same: {db_text(self.inputs_sqnr)} dB between their inputs, since each has the "
+                "pictures prepared its own way (preprocess= when opening changes it)."
+            )
+        if rows and all(r.equal for r in rows):
             said.append("All their values are equal, bit for bit.")
-        else:
+        elif rows:
             first = self.first_difference
             assert first is not None
             if first.a != rows[0].a:
@@ -87,7 +98,14 @@ class Comparison(Result):
             if self.largest is not None and (
                 self.divergence is None or self.largest.layer is not self.divergence.layer
             ):
-                said.append(f"Most is lost at {self.largest}")
+                said.append(f"The largest single loss is at {self.largest}")
+        if cut := [r for r in rows if (r.saturation[1] or 0) >= NOTABLE and family(r.kind_b) != "softmax"]:
+            worst = max(cut, key=lambda r: r.saturation[1] or 0)
+            more = f", and 1% or more in {len(cut) - 1} others" if len(cut) > 1 else ""
+            said.append(
+                f"In b, {100 * (worst.saturation[1] or 0):.2g}% of the values of {worst.b} lie at the ends of what it "
+                f"can represent{more}."
+            )
         if moved := [r for r in rows if r.order is not None]:
             said.append(
                 f"In {len(moved)} layer{'s' * (len(moved) != 1)} ({moved[0].a}{', ...' * (len(moved) > 1)}) the "
@@ -173,6 +191,7 @@ class Comparison(Result):
     def _summary(self) -> dict[str, Any]:
         return {
             "a": self.a, "b": self.b, "images": self.count, "words": self.words(), "threshold_db": self.threshold,
+            "inputs_sqnr_db": self.inputs_sqnr,
             "first_divergence": self.divergence, "largest_drop": self.largest,
             "first_difference": None if self.first_difference is None else self.first_difference.a,
             "layers": self.layers.to_json(),

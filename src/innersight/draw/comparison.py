@@ -87,7 +87,8 @@ def _draw_cosine(ax: Any, rows: Sequence[Any], at: np.ndarray) -> None:
     shown = np.clip(np.nan_to_num(far, nan=2.0), 1e-10, 2)
     ax.set_xscale("log")
     low = 10.0 ** math.floor(math.log10(max(shown[far > 0].min(initial=1e-2), 1e-10)))
-    ax.set_xlim(max(low, 1e-10), max(1.0, float(shown.max())))
+    high = 10.0 ** math.ceil(math.log10(max(float(shown.max(initial=low)), 10 * low)))
+    ax.set_xlim(max(low, 1e-10), high)
     exact = far <= 0
     marks: dict[str, Any] = {"linestyle": "none", "markersize": 3.4, "clip_on": False}
     ax.plot(shown[~exact], at[~exact], "o", color=A, **marks)
@@ -196,14 +197,18 @@ def _channels(c: Any, row: Any, title: str) -> Figure:
 
 def reasons(c: Any) -> Figure:
     """The pictures on which the two saliency maps are least alike: the picture, a's map, b's map."""
+
+    def says(panel: Any, answer: str) -> str:
+        return f", says {answer}" if answer and not panel.caption.endswith(f": {answer}") else ""
+
     rows = []
     for i, (a, b) in c.reasons.kept.items():
-        said = f"correlation {c.reasons.correlation[i]:.2f}"
+        alike = f"correlation {c.reasons.correlation[i]:.2f}".replace("nan", "unknown")
         panels = [s._panel(0, which, "heat", None, 0) for s, which in ((a, "a"), (b, "b"))]
-        answers = ["", ""] if c.predictions is None else [f", says {c.predictions.label(k, i)}" for k in (0, 1)]
-        panels = [plots.Panel(f"{p.caption}{t}", p.pixels, p.scale) for p, t in zip(panels, answers, strict=True)]
+        said = ["", ""] if c.predictions is None else [c.predictions.label(k, i) for k in (0, 1)]
+        panels = [plots.Panel(f"{p.caption}{says(p, t)}", p.pixels, p.scale) for p, t in zip(panels, said, strict=True)]
         picture = np.asarray(_small(a.pictures[0]))
-        rows.append([plots.Panel(f"{a.pictures[0].name}: {said}", picture), *panels])
+        rows.append([plots.Panel(f"{a.pictures[0].name}: {alike}", picture), *panels])
     r = c.reasons
     notes = [
         f"a is {c.a}, b is {c.b}",
