@@ -1,10 +1,11 @@
-"""Run as a program, in a process of its own: small Keras models with random weights, saved, and what Keras makes of them.
+"""Run as a program, in a process of its own: Keras models with random weights, saved, and what Keras makes of them.
 
-    python keras_models.py torch|tensorflow|tf_keras FOLDER
+    python keras_models.py torch|tensorflow|tf_keras FOLDER [FAMILY ...]
 
 TensorFlow and Keras on torch cannot live in one process, so the tests start one for each. For every case FOLDER gets
 `name.keras` and `name.h5` where Keras can write them, and `name.npz` with the input `x` (channels last) and every
-layer's output: `conv1`, of its second call `conv1#1`.
+layer's output: `conv1`, of its second call `conv1#1`. The cases are small models of each class of layer, or families
+of keras.applications.
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ def cases() -> dict[str, tuple[tuple[int | None, ...], Make]]:
     case("concatenate_rows", lambda L, x: L.Concatenate(axis=1)([L.Conv2D(4, 3, padding="same")(x), x]))
     case("concatenate_vectors", lambda L, x: L.Concatenate()([L.Flatten()(x), L.GlobalMaxPooling2D()(x)]))
     case("merge_ranks", lambda L, x: L.Multiply()([x, L.Dense(4, activation="sigmoid")(L.GlobalAveragePooling2D()(x))]))
-    case("squeeze_excite", lambda L, x: L.Multiply()(
-        [x, L.Conv2D(4, 1, activation="hard_sigmoid")(L.Reshape((1, 1, 4))(L.GlobalAveragePooling2D()(x)))]))  # fmt: skip
+    case("squeeze_excite", lambda L, x: L.Multiply()([x, L.Conv2D(4, 1, activation="hard_sigmoid")(
+        L.Reshape((1, 1, 4))(L.GlobalAveragePooling2D()(x)))]))  # fmt: skip
     case("dense", lambda L, x: L.Dense(7, activation="softmax")(L.Flatten()(x)))
     case("dense_pictures", lambda L, x: L.Conv2D(3, 2)(L.Dense(7, activation="softmax")(L.Conv2D(5, 3)(x))))
     case("reshape", lambda L, x: L.Conv2D(3, 2)(L.Reshape((9, -1, 6))(L.Conv2D(6, 3, padding="same")(x))))
@@ -251,6 +252,36 @@ def models(keras: Any) -> Iterator[tuple[str, Any]]:
     yield from operations(keras)
 
 
+FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
+    "ConvNeXtTiny": (64, {}), "DenseNet121": (64, {}), "DenseNet201": (64, {}), "EfficientNetB0": (64, {}),
+    "EfficientNetV2B0": (64, {}), "EfficientNetV2S": (64, {}), "InceptionResNetV2": (80, {}), "InceptionV3": (80, {}),
+    "MobileNet": (64, {"alpha": 0.25}), "MobileNetV2": (64, {"alpha": 0.35}), "MobileNetV3Small": (64, {}),
+    "MobileNetV3Large": (64, {}), "NASNetMobile": (64, {}), "ResNet50": (64, {}), "ResNet50V2": (64, {}),
+    "VGG16": (48, {}), "VGG19": (48, {}), "Xception": (80, {}),
+}  # fmt: skip
+
+
+def application(keras: Any, name: str) -> Any:
+    side, options = FAMILIES[name]
+    return getattr(keras.applications, name)(
+        weights=None, input_shape=(side, side - 8 if side > 50 else side, 3), include_top=name[:3] != "VGG", **options
+    )
+
+
+def disturb(model: Any, rng: np.random.Generator) -> None:
+    """The weights of a fresh deep model, with those that are 0 or 1 moved, and batch norms that know their input."""
+    values = []
+    for value in model.get_weights():
+        some = value.ndim < 2 and value.dtype.kind == "f"
+        values.append(value + rng.normal(0, 0.1, value.shape).astype(np.float32) if some else value)
+    model.set_weights(values)
+    norms = [layer for layer in model.layers if type(layer).__name__ == "BatchNormalization"]
+    for layer in norms:
+        layer.momentum = 0.0
+    if norms:
+        model(rng.normal(0, 1, (8, *model.inputs[0].shape[1:])).astype(np.float32), training=True)
+
+
 def randomize(model: Any, rng: np.random.Generator) -> None:
     """Weights of every kind that are neither 0 nor 1, and variances above 0."""
     values = []
@@ -288,11 +319,11 @@ def _nodes_by_depth(model: Any) -> list[Any]:
     return list(graph._nodes_by_depth.values())
 
 
-def record(keras: Any, name: str, model: Any, folder: Path, seed: int, batch: int = 2) -> None:
+def record(keras: Any, name: str, model: Any, folder: Path, seed: int, draw: Callable[..., None] = randomize) -> None:
     rng = np.random.default_rng(seed)
-    randomize(model, rng)
+    draw(model, rng)
     shape = [n or 10 + i for i, n in enumerate(model.inputs[0].shape[1:])]
-    x = rng.normal(0, 1, (batch, *shape)).astype(np.float32)
+    x = rng.normal(0, 1, (2, *shape)).astype(np.float32)
     every = outputs(model)
     watched = keras.Model(model.inputs, list(every.values()))
     made = watched(x, training=False)
@@ -330,15 +361,16 @@ def start(engine: str) -> Any:
     return keras
 
 
-def main(engine: str, folder: str) -> None:
+def main(engine: str, folder: str, *families: str) -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
     keras = start(engine)
     keras.utils.set_random_seed(0)
-    for seed, (name, model) in enumerate(models(keras)):
+    wanted = ((name, application(keras, name)) for name in families) if families else models(keras)
+    for seed, (name, model) in enumerate(wanted):
         try:
-            record(keras, name, model, Path(folder), seed)
+            record(keras, name, model, Path(folder), seed, disturb if families else randomize)
         except Exception as error:
             print(f"{name}: not recorded ({type(error).__name__}: {str(error)[:200]})", file=sys.stderr)
 

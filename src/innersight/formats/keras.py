@@ -232,23 +232,29 @@ def _known_side(model: Model) -> int:
 
 def _preparation(model: Model, shape: tuple[int, ...]) -> tuple[Preprocess | None, list[str]]:
     """What is done to a picture, and what was found or assumed of it."""
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        return None, [f"an input of shape {shape} is no picture that can be read from a file; give float batches"]
-    size, channels = (shape[1], shape[2]), "RGB" if shape[0] == 3 else "L"
     first = next((x for x in _walk(model) if not _passes(x)), None)
-    if first is not None and first.kind in ("Rescaling", "Normalization"):
+    if first is not None and first.kind in ("Rescaling", "Normalization") and len(shape) == 3 and shape[0] in (1, 3):
+        what = f"{first.kind} {first.name!r} at its front takes"
         if _of_pixels(first):
-            said = f"{first.kind} {first.name!r} at its front takes pixels 0..255, so pictures are given as those"
-            return Preprocess(size, channels=channels, scale=1.0), [said]
-        return Preprocess(size, channels=channels), [
-            f"{first.kind} {first.name!r} at its front takes values 0..1 (preprocess= changes it)"
-        ]
-    notes = ["nothing in the file says how pictures are prepared; values 0..1 are assumed, preprocess={'scale': 1} "
-             "gives pixels 0..255"]  # fmt: skip
+            return _record(shape, 1.0), [f"{what} pixels 0..255, so pictures are given as those"]
+        return _record(shape), [f"{what} values 0..1 (preprocess= changes it)"]
+    preprocess, notes = prepared(shape)
     known = _family(model)
     if known is not None and known[2]:
         notes.append(f"a {known[0]} of keras.applications with its own preprocess_input wants {_STYLES[known[2]]}")
-    return Preprocess(size, channels=channels), notes
+    return preprocess, notes
+
+
+def prepared(shape: tuple[int, ...]) -> tuple[Preprocess | None, list[str]]:
+    """What is assumed where nothing says how pictures are prepared, and a note of it."""
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        return None, [f"an input of shape {shape} cannot be read from a picture file; give float batches (N, C, H, W)"]
+    said = "nothing says how pictures are prepared; values 0..1 are assumed, preprocess={'scale': 1} gives 0..255"
+    return _record(shape), [said]
+
+
+def _record(shape: tuple[int, ...], scale: float = 1 / 255) -> Preprocess:
+    return Preprocess((shape[1], shape[2]), channels="RGB" if shape[0] == 3 else "L", scale=scale)
 
 
 def _passes(layer: Layer) -> bool:
