@@ -303,8 +303,8 @@ def _before_softmax(net: Network, blank: torch.Tensor) -> str | None:
     if len(recording.outputs) != 1:
         return None
     node = recording.nodes[recording.outputs[0].node]
-    while node.kind in ("view", "copy") and node.inputs:
-        node = recording.nodes[node.inputs[0]]
+    while (before := recording.handed_on(node)) is not None:
+        node = before
     if node.op not in ("softmax", "log_softmax") or len(node.shape) != 2 or len(node.inputs) != 1:
         return None
     scores = recording.nodes[node.inputs[0]]

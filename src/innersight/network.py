@@ -280,8 +280,8 @@ class Network:
         recording = self.engine.recording(x)
         for ref in recording.outputs[:1]:
             node = recording.nodes[ref.node]
-            while node.kind in ("view", "copy") and node.inputs:
-                node = recording.nodes[node.inputs[0]]
+            while (before := recording.handed_on(node)) is not None:
+                node = before
             if node.op in ("softmax", "sigmoid", "hardsigmoid"):
                 return "probabilities"
         return "probabilities" if any(note.startswith("detections") for note in self.notes) else "logits"

@@ -225,6 +225,17 @@ def choosing(op: Op) -> Way | Surrogate:
     return winner if isinstance(other, torch.Tensor) and len(op.inputs) == 1 else OWN
 
 
+def integers(op: Op) -> Way | Surrogate:
+    """Integers in the place of their float twin: it has all the relevance, and rounding its share."""
+    return rounding if op.varies(0, "twin") else CONSTANT
+
+
+@surrogate
+def rounding(op: Op) -> Terms:
+    twin = op.inputs[0]
+    return {"input": twin, "constant": op.output - twin.detach()}
+
+
 @measured("constant")
 def winner(op: Op) -> Terms:
     return op(*op.inputs)
@@ -461,6 +472,7 @@ RELEVANCE: Mapping[str, Entry] = {
     **_same("mul multiply dot mv bilinear", product),
     **_same("div divide true_divide", quotient),
     **_same("pow float_power", power),
+    "exact": integers,
     "glu": gate,
     "layer_norm": layer_norm,
     "group_norm": group_norm,

@@ -354,6 +354,7 @@ _TABLE: dict[str, Entry] = {
     **_same("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", pooled),
     **_same("maximum minimum fmax fmin max min amax", choosing),
     **_same("var std", variance),
+    "exact": OWN,
     "softmax": softmax,
     "log_softmax": log_softmax,
     "layer_norm": layer_norm,

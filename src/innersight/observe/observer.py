@@ -49,8 +49,9 @@ class Node:
     """One operation on something that descends from the input.
 
     kind: "input"; "layer" (a new floating tensor); "view" (shares memory with what it read); "copy" (same values
-    elsewhere or in another shape); "opaque" (made where nothing can be watched); "sink" (leaves tensors: `.item()`);
-    "other" (integers, booleans, vectors).
+    elsewhere or in another shape); "inner" (on the way to a layer's exact value: a float twin, sums of integers);
+    "opaque" (made where nothing can be watched); "sink" (leaves tensors: `.item()`); "other" (integers, booleans,
+    vectors).
     """
 
     index: int
@@ -105,6 +106,13 @@ class Recording:
     @property
     def layers(self) -> list[Node]:
         return [n for n in self.nodes if n.kind in ("layer", "opaque")]
+
+    def handed_on(self, node: Node) -> Node | None:
+        """The node whose value a node hands on, as it is or as integers; None for one that computes."""
+        if node.op == "exact" and isinstance(node.args[0], Ref):
+            return self.nodes[node.args[0].node]
+        same = node.kind in ("view", "copy") or (node.kind == "inner" and node.op == "clamp")
+        return self.nodes[node.inputs[0]] if same and node.inputs else None
 
     def bottlenecks(self) -> list[Node]:
         """The nodes that every path from the input to the first output passes through, in run order."""
@@ -443,6 +451,10 @@ class _Learner(TorchFunctionMode):
             self.aliases.setdefault(path, []).append(node.index)
             if leaf and node.index >= first and node.path == path and node.kind != "input":
                 node.owner, node.module = leaf, kind
+                if node.op == "exact":
+                    for inside in self.nodes[first : node.index]:
+                        inside.kind = "inner" if inside.kind == "layer" else inside.kind
+                        node.parameters += inside.parameters
 
     def before(self, module: nn.Module, _args: Any) -> None:
         if threading.get_ident() == self.thread and (paths := self.paths.get(id(module))) and paths[0]:

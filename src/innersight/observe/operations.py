@@ -127,6 +127,12 @@ def _same(call: Call) -> State:
     return call.state()
 
 
+@_rule("exact")
+def _exact(call: Call) -> State:
+    """The integers see what their float twin sees."""
+    return call.state()
+
+
 @_rule("copy")
 def _copy(call: Call) -> State:
     return fitted(call.state(1, "src"), call.node.shape)

@@ -368,6 +368,12 @@ def _elementwise(call: _Call) -> Found | None:
     return None if node.inplace and not isinstance(node.args[0], Ref) else call.along()
 
 
+@_rule("exact")
+def _exact(call: _Call) -> Found | None:
+    """Integers in the place of their float twin, if each is made of what stands in its own place."""
+    return _elementwise(call) if getattr(call.arg(1, "compute"), "pointwise", False) else None
+
+
 @_rule("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout")
 def _dropout(call: _Call) -> Found | None:
     return _elementwise(call) if call.arg(2, "training", True) is False else None

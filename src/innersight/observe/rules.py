@@ -236,7 +236,8 @@ def _plan(recording: Recording, rules: Rules) -> _Plan:
         plan.ends |= {n.index for n in found if n.op in _ENDS}
         plan.last |= {n.index for n in found if n.op in CONVOLUTIONS | PRODUCTS}
         passed = [n for n in found if n.kind in ("view", "copy") or n.op in _CHOICES or n.op in _ENDS]
-        ends = {i for n in passed for i in n.inputs} - seen
+        twins = {n.index for n in map(recording.handed_on, found) if n is not None}
+        ends = ({i for n in passed for i in n.inputs} | twins) - seen
         seen |= ends
     return plan
 
