@@ -71,9 +71,8 @@ def written(session: Session, methods: Sequence[str], limit: int, progress: Call
     refused = _explain(session, methods, progress)
     fixed = dict(_fixed(session))
     manifest = session.manifest() | {"refused": refused}
-    shell = len(assembled(manifest, {}))
-    kept, reduced = _fitted(session, limit - shell - sum(_cost(k, v) for k, v in fixed.items()), progress)
-    manifest |= {"reduced": reduced, "limit": limit}
+    manifest |= {"reduced": [], "limit": limit}
+    kept, manifest["reduced"] = _fitted(session, limit - len(assembled(manifest, fixed)), progress)
     room = limit - len(assembled(manifest, fixed | kept))
     for name, chunk in _filters(session):
         if (cost := _cost(name, chunk)) <= room:
@@ -153,6 +152,7 @@ def _fitted(session: Session, room: int, progress: Callable) -> tuple[dict[str, 
         for name, relevance in _relevance(session, m, i):
             kept[key("relevance", m, i, name, session._targets[m][i])] = chunks.pack({"relevance": relevance})
     room -= sum(_cost(k, v) for k, v in kept.items())
+    room -= sum(len(w.key) + 80 for w in waiting)  # for what will have to be said of each
     total = sum(w.sizes[0] for w in waiting)
     # Pictures behind the first give way first, large maps before small ones, one step at a time.
     for step in range(1, len(STEPS)):
@@ -235,12 +235,12 @@ def script_hash(text: str) -> str:
 
 
 def _cost(name: str, chunk: bytes) -> int:
-    return len(_block(name, chunk))
+    return len(_block(name, chunk)) + 1  # a line of its own
 
 
 def _block(name: str, chunk: bytes) -> str:
     return (f'<script type="text/plain" class="chunk" data-key="{html.escape(name)}">'
-            f"{base64.b64encode(chunk).decode()}</script>\n")  # fmt: skip
+            f"{base64.b64encode(chunk).decode()}</script>")  # fmt: skip
 
 
 def assembled(manifest: dict[str, Any], blocks: dict[str, bytes]) -> bytes:
