@@ -33,7 +33,7 @@ from innersight.formats.onnx_operators import (
     numbers,
     refuse,
 )
-from innersight.formats.onnx_quantised import BUILDERS, PASSING, Built, Grid, dequantised
+from innersight.formats.onnx_quantised import BUILDERS, PASSING, Built, Grid, behind, dequantised
 from innersight.preprocess import Preprocess
 
 MAX_TRIPS = 10_000
@@ -294,6 +294,9 @@ class Plan:
         self.loose: set[str] = set()  # values whose size depends on values
         self.used: dict[Hashable, torch.Tensor] = {}
         self.grids: dict[str, Grid] = {}  # of values that the file keeps as integers
+        self.on: dict[str, Grid] = {}  # of floats that a DequantizeLinear made
+        self.held: dict[str, tuple[Any, Any, Any]] = {}  # weights: their integers, scales and zero points
+        self.makers: dict[str, Node] = {}
         self.steps: list[Step] = []
         self.notes: list[str] = []
         self.quantised: dict[str, Quantised] = {}
@@ -403,10 +406,36 @@ class Plan:
                 turned = [v if t is None else t(v) for t, v in zip(turns, values, strict=False)]
                 return built.call(*turned, *values[len(turns) :])
 
+        if built.grid is None and n.op == "DequantizeLinear" and built.grids[0] is not None:
+            self.on[n.outputs[0]] = built.grids[0]
+        if built.grid is not None and (sums := self.sums(n, built.grid)) is not None:
+            built, given = sums
+            for i, w in enumerate(built.weights):
+                self.used[f"{n.outputs[0]} weight {i}"] = w
+            keys, call = [*given, *(f"{n.outputs[0]} weight {i}" for i in range(len(built.weights)))], built.call
         if built.grid is not None:
             self.grids[n.outputs[0]] = built.grid
             self.quantised[n.name] = built.grid.described()
         self.steps.append(Step(n.name, n.op, call, tuple(keys), (n.outputs[0],)))
+
+    def sums(self, n: Node, out: Grid) -> tuple[Built, list[str]] | None:
+        """A QuantizeLinear by the integer sums of the node whose floats it reads; and what it then reads."""
+        m = self.makers.get(n.inputs[0]) if n.op == "QuantizeLinear" else None
+        relu = m is not None and m.op == "Relu"
+        m = self.makers.get(m.inputs[0]) if m is not None and relu else m
+        if m is None or m.domain or m.op not in ("Conv", "Gemm", "MatMul", "GlobalAveragePool"):
+            return None
+        x = self.on.get(m.inputs[0])
+        if x is None or "scaled" in m.attributes:
+            return None
+        bias = None
+        if len(m.inputs) > 2 and m.inputs[2]:
+            if m.inputs[2] not in self.held:
+                return None
+            bias = self.held[m.inputs[2]][0].flatten()
+        held = self.held.get(m.inputs[1]) if len(m.inputs) > 1 else None
+        made = behind(m, x, out, held, bias, relu)
+        return None if made is None else (made, [n.inputs[0], m.inputs[0]])
 
     def passed(self, n: Node) -> Grid | None:
         """The grid that a node's inputs and outputs share, if it only moves or chooses values."""
@@ -434,9 +463,12 @@ class Plan:
             self.loose.update(filter(None, n.outputs))
         if kind_shape:
             self.shapes.update(filter(None, n.outputs))
+        self.makers[n.outputs[0]] = n
         if not kind_shape and (built := self.built(n)) is not None:
             self.add_built(n, built)
             return
+        if n.op in PASSING and n.op != "Pad" and len(layers) == 1 and n.inputs[0] in self.on:
+            self.on.update((o, self.on[n.inputs[0]]) for o in n.outputs[: None if n.op == "Split" else 1])
         lasting = kind_shape and not any(i in self.loose for i in reads)
         self.steps.append(self.step(n, kind_shape, lasting))
 
@@ -450,6 +482,9 @@ class Plan:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise errors.InputError(f"{n.op} {n.name!r} in {self.file.name} cannot be computed: {said}") from error
         self.constants.update((name, value) for name, value in zip(n.outputs, made, strict=False) if name)
+        if n.op == "DequantizeLinear":
+            q, scale, zero = ([self.constants.get(i) for i in n.inputs] + [None])[:3]
+            self.held[n.outputs[0]] = q, scale, zero
 
     def step(self, n: Node, unseen: bool, lasting: bool) -> Step:
         host = HOST.get(n.key, ())
@@ -542,6 +577,9 @@ def prepare(n: Node, constants: dict[str, Any]) -> dict[int, torch.Tensor]:
     if n.key != "Gemm" or values[1] is None or not values[1].is_floating_point():
         return {}
     alpha, beta, made = n.get("alpha", 1.0), n.get("beta", 1.0), {}
+    n.attributes["stored"] = n.get("transB", 0)
+    if alpha != 1 or beta != 1:
+        n.attributes["scaled"] = 1
     if not n.get("transB", 0) or alpha != 1:
         w = values[1] if n.get("transB", 0) else values[1].T
         made[1] = (w * alpha if alpha != 1 else w).contiguous()

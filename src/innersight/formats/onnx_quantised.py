@@ -359,6 +359,63 @@ def _dense(n: Node, x: Grid, out: Grid | None, w: Tensor, scale: Tensor, zero: A
     return Built(call, [0], [x], out, [real, held.whole, *own])
 
 
+def behind(m: Node, x: Grid, out: Grid, held: tuple[Tensor, Tensor, Any] | None, bias: Tensor | None,
+           relu: bool) -> Built | None:  # fmt: skip
+    """A QuantizeLinear behind a float Conv, Gemm, MatMul or mean `m` of values on the grid x, by its integer sums.
+
+    That is what ONNX Runtime makes of the four nodes, and what is equal whatever the batch. None where it does not fit.
+
+    held: integers, scales and zero points of m's weights
+    bias: m's bias in integers
+    relu: whether there is a Relu between the two
+    """
+
+    def cut(v: Tensor) -> Tensor:
+        return v.clamp(min=0) if relu else v
+
+    if m.op == "GlobalAveragePool":
+
+        def mean(y: Tensor, v: Tensor) -> Tensor:
+            count = math.prod(v.shape[2:])
+
+            def compute(given: Tensor) -> Tensor:
+                sums = x.centered(given).double().sum(list(range(2, given.dim())), keepdim=True)
+                return cut(out.snapped(sums.float() * (x.scale / (out.scale * count)).to(given.device))).to(y.dtype)
+
+            return exact(out.clamped(y), compute, v)
+
+        return Built(mean, [], [], out)
+    if held is None:
+        return None
+    q, scale, zero = held
+    if m.op != "Conv":
+        if q.dim() != 2 or m.get("transA", 0):
+            return None
+        axis = 0 if m.op == "Gemm" and m.get("stored", 0) else 1
+        q, axis = (q, 0) if axis == 0 else (q.T.contiguous(), 0)
+    if scale.dim() > 1 or (scale.numel() > 1 and scale.numel() != q.shape[0]):
+        return None
+    w = _weights(m, x, q, scale, zero, bias, 0)
+    factor = x.scale * scale.float() / out.scale
+    shape = [-1, *[1] * (q.dim() - 2)]
+
+    def product(v: Tensor, k: Tensor) -> Tensor:
+        return OPERATORS["Conv"](m, v, k) if m.op == "Conv" else F.linear(v, k)
+
+    def call(y: Tensor, v: Tensor, whole: Tensor) -> Tensor:
+        sums = _summed(product, x.centered(v.detach()), whole, w.limit)
+
+        def compute(total: Tensor) -> Tensor:
+            if bias is not None:
+                total = total.double() + bias.flatten().to(total.device).double().reshape(shape)
+            scaled = total.float() * factor.to(total.device).reshape(shape if factor.numel() > 1 else ())
+            return cut(out.snapped(scaled)).to(y.dtype)
+
+        return exact(out.clamped(y), compute, sums)
+
+    return Built(call, [], [], out, [w.whole])
+
+
 @operator("ConvInteger")
 def _conv_integer(n: Node, x: Tensor, w: Tensor, xz: Any = None, wz: Any = None) -> Tensor:
     def product(v: Tensor, dtype: torch.dtype) -> Tensor:
