@@ -20,6 +20,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -723,6 +724,14 @@ def _open(path: str, shown: str, notes: _Notes, name: str = "") -> Image.Image:
         if isinstance(error, OSError) and error.strerror:
             raise InputError(f"{shown} cannot be read: {error.strerror}") from error
         raise InputError(_damaged(shown, error)) from error
+
+
+def from_bytes(data: bytes, name: str) -> Image.Image:
+    """A picture that did not come as a file, upright, RGB or L; refused as a file would be."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return _open(file.name, name, _Notes())
 
 
 def _damaged(shown: str, error: Exception) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import itertools
 import json
 import secrets
@@ -24,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from innersight import errors
+from innersight import errors, images
 from innersight.viewer.report import import_map, modules, page, script_hash
 from innersight.viewer.session import Session
 
@@ -128,7 +127,7 @@ class Viewer:
     def _add(self, body: bytes, name: str) -> dict[str, Any]:
         if len(self.session.pictures) >= MAX_PICTURES:
             raise errors.InputError(f"there are {MAX_PICTURES} pictures already: start again for more")
-        image = decoded(body, name)
+        image = images.from_bytes(body, name)
         with self.session.lock:
             (number,) = self.session.add([image])
             for inputs in self.session._inputs:
@@ -255,25 +254,6 @@ class Viewer:
 
     async def refused(self, _request: Request, error: Exception) -> Response:
         return self.problem(404 if isinstance(error, errors.UnknownName) else 422, str(error))
-
-
-def decoded(body: bytes, name: str) -> Any:
-    """A picture that came over the wire, within the limits that files have."""
-    from PIL import Image, UnidentifiedImageError
-
-    from innersight import images
-    from innersight.preprocess import MAX_PIXELS
-
-    try:
-        image = Image.open(io.BytesIO(body), formats=images.FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise errors.InputError(f"{name} has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-        image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, errors.InnersightError):
-            raise
-        raise errors.InputError(f"{name} is no picture that can be read") from error
-    return image
 
 
 class Guard:
