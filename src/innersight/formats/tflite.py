@@ -1,6 +1,6 @@
 """TFLite files, opened without TFLite: float networks, and 8-bit ones with the integers that the device computes.
 
-    net = innersight.open("person_detect.tflite")        # every value shown is scale * (q - zero_point) of the device's q
+    net = innersight.open("person_detect.tflite")        # values are scale * (q - zero_point) of the device's q
     net = innersight.open("vww_int8.tflite", arithmetic="float")
 
 `arithmetic` says whose integers: "device" (default) are TFLite-Micro's kernels for int8 and LiteRT's reference kernels
@@ -30,12 +30,14 @@ from innersight import errors
 from innersight.errors import InputError, Unsupported
 from innersight.formats import Opened, Quantised, tflite_file, tflite_operators
 from innersight.formats.graph import Graph, Step
-from innersight.formats.tflite_file import Operator, TensorRecord, TFLiteFile
+from innersight.formats.tflite_file import Operator, TFLiteFile
 from innersight.formats.tflite_operators import MAKERS, TURN, Layer, Scale, Site, Value, as_scale
 from innersight.observe.passes import free_memory
 from innersight.preprocess import Preprocess
 
 ARITHMETIC = ("device", "litert", "float")
+MAX_VALUE, MAX_VALUES = 1 << 27, 1 << 29  # numbers of one value, and of all, for one picture
+MAX_WORK = 1 << 36  # multiplications for one picture
 _LABEL_BYTES = 4 << 20
 _BLOBS = re.compile(r"edgetpu|ethos|vela|neuton|hailo|coreml|_npu", re.I)
 _STATEFUL = frozenset(
@@ -135,6 +137,7 @@ class _Plan:
         self.input_shape: tuple[int, ...] | None = None
         self.fixed_batch: int | None = None
         self.budget = free_memory() // 4
+        self.work = self.made = 0
         self.dtypes = {t.dtype for t in file.tensors if as_scale(t) is not None and t.data is None}
         self._refuse()
         self.names = _names(file)
@@ -182,7 +185,8 @@ class _Plan:
                 )
             if tensor.dtype == "int16" and tensor.data is None and len(tensor.scale):
                 raise Unsupported(
-                    f"{name}: tensor {tensor.index} ({tensor.name[:80]!r}) has int16 activations; only int8 and uint8 are read"
+                    f"{name}: tensor {tensor.index} ({tensor.name[:80]!r}) has int16 activations; only int8 and uint8 "
+                    "are read"
                 )
 
     # -- the input
@@ -216,11 +220,14 @@ class _Plan:
         made = Value(record.index, record, layer.call(x.sample), turned, self.input_scale)
         self._step("quantized_input", "QUANTIZE", layer, [made])
 
-    def _room(self, shape: Sequence[int]) -> None:
-        if math.prod(int(s) for s in shape) * 8 > self.budget:
-            raise InputError(
-                f"a value of shape {tuple(int(s) for s in shape)} does not fit into the memory that is free"
-            )
+    def _room(self, shape: Sequence[int], work: int = 0) -> None:
+        """Raises where a value of that shape, or so many multiplications more, are beyond what is run for a picture."""
+        sizes = tuple(int(s) for s in shape)
+        if math.prod(sizes) * 8 > self.budget or math.prod(sizes) > MAX_VALUE:
+            raise InputError(f"a value of shape {sizes} is larger than what is run here")
+        self.work += int(work)
+        if self.work > MAX_WORK:
+            raise InputError(f"with it, a picture takes more than {MAX_WORK:.0e} multiplications")
 
     # -- operators
 
@@ -277,7 +284,7 @@ class _Plan:
             raise Unsupported("this operator is not supported")
         site = self._site(op)
         if op.code == "DEQUANTIZE":
-            self._dequantize(op, site)
+            self._dequantize(site)
             return
         layer = MAKERS[op.code](site)
         made = layer.call(*(None if v is None else v.sample for v in layer.reads))
@@ -288,6 +295,9 @@ class _Plan:
         values = []
         for index, part, turn in zip(op.outputs, parts, turned, strict=True):
             record = self.file.tensors[index]
+            self.made += part.numel() if isinstance(part, Tensor) else part.size
+            if self.made > MAX_VALUES:
+                raise InputError(f"with it, a picture makes more than {MAX_VALUES:.0e} values")
             if part.ndim > tflite_file.MAX_AXES:
                 raise InputError(f"it makes a value with {part.ndim} axes")
             values.append(Value(index, record, part, turn, as_scale(record)))
@@ -298,7 +308,7 @@ class _Plan:
             return
         self._step(self.names[op.index], op.code, layer, values)
 
-    def _dequantize(self, op: Operator, site: Site) -> None:
+    def _dequantize(self, site: Site) -> None:
         """Values are real numbers already; a constant (float16 weights) is made so once."""
         x, record = site.read(0), site.outputs[0]
         if x.constant:
@@ -403,6 +413,7 @@ _ENDINGS = re.compile(
     r"/(?:Relu6?|BiasAdd|FusedBatchNormV3|FusedBatchNorm|add_fold|AvgPool|MaxPool|Reshape|Mean|Softmax|MatMul|Conv2D|"
     r"depthwise|add|Pad|Squeeze|concat)\d*$"
 )
+_EMPTY = re.compile(r"^(?:(Stateful)?PartitionedCall|Identity)(_int8)?(_\d+)?(:\d+)?$")  # what says nothing
 _TRACED = re.compile(r"_te_transform|^input\.\d+|^\d+$|fuse_attr")
 
 
@@ -421,7 +432,7 @@ def _names(file: TFLiteFile) -> dict[int, str]:
         name = found[op.index]
         while scope and name.startswith(scope) and name != scope:
             name = name.removeprefix(scope)
-        name = name or f"{op.code.lower()}_{counts[op.code]}"
+        name = name if name and not _EMPTY.match(name) else f"{op.code.lower()}_{counts[op.code]}"
         count = used.get(name, 0)
         while count and f"{name}_{count}" in used:
             count += 1

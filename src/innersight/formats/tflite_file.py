@@ -1,7 +1,7 @@
 """TFLite files, read with struct and NumPy: tensors, operators and what the file says of itself; nothing is run.
 
-A TFLite file is a flatbuffer: tables with a list of where their fields are, vectors, strings, all by offsets. Nothing in
-a file is believed: every offset is checked against the file's length before it is followed.
+A TFLite file is a flatbuffer: tables with a list of where their fields are, vectors, strings, all by offsets. Nothing
+in a file is believed: every offset is checked against the file's length before it is followed.
 
 Schema: tensorflow/compiler/mlir/lite/schema/schema.fbs (TFL3) and tflite-support's metadata_schema.fbs (M001).
 """
@@ -58,7 +58,8 @@ _ACTIVATION = {"activation": (0, "b", 0)}
 _WINDOW = {"padding": (0, "b", 0), "stride_w": (1, "i", 1), "stride_h": (2, "i", 1)}
 _OPTIONS: Mapping[str, Mapping[str, tuple[int, str, Any]]] = {
     "CONV_2D": _WINDOW | {"activation": (3, "b", 0), "dilation_w": (4, "i", 1), "dilation_h": (5, "i", 1)},
-    "DEPTHWISE_CONV_2D": _WINDOW | {"activation": (4, "b", 0), "dilation_w": (5, "i", 1), "dilation_h": (6, "i", 1)},
+    "DEPTHWISE_CONV_2D": _WINDOW
+    | {"multiplier": (3, "i", 0), "activation": (4, "b", 0), "dilation_w": (5, "i", 1), "dilation_h": (6, "i", 1)},
     "TRANSPOSE_CONV": _WINDOW | {"activation": (3, "b", 0)},
     **dict.fromkeys(
         ("AVERAGE_POOL_2D", "MAX_POOL_2D", "L2_POOL_2D"),
@@ -71,15 +72,16 @@ _OPTIONS: Mapping[str, Mapping[str, tuple[int, str, Any]]] = {
     "RESHAPE": {"new_shape": (0, "*i", None)},
     "RESIZE_BILINEAR": {"align_corners": (2, "?", False), "half_pixel": (3, "?", False)},
     "RESIZE_NEAREST_NEIGHBOR": {"align_corners": (0, "?", False), "half_pixel": (1, "?", False)},
-    **dict.fromkeys(
-        ("MEAN", "SUM", "REDUCE_MAX", "REDUCE_MIN", "REDUCE_PROD", "REDUCE_ANY", "REDUCE_ALL"),
-        {"keep_dims": (0, "?", False)},
-    ),
+    **{
+        code: {"keep_dims": (0, "?", False)}
+        for code in "MEAN SUM REDUCE_MAX REDUCE_MIN REDUCE_PROD REDUCE_ANY REDUCE_ALL".split()
+    },
     "STRIDED_SLICE": {
         name: (i, "i", 0) for i, name in enumerate(("begin", "end", "ellipsis", "new_axis", "shrink_axis"))
     },
     "LEAKY_RELU": {"alpha": (0, "f", 0.0)},
-    "PACK": {"axis": (1, "i", 0)},
+    "PACK": {"count": (0, "i", 0), "axis": (1, "i", 0)},
+    "SHAPE": {"to": (0, "b", 2)},
     "UNPACK": {"num": (0, "i", 0), "axis": (1, "i", 0)},
     "SQUEEZE": {"dims": (0, "*i", None)},
     "SPLIT": {"num": (0, "i", 0)},
@@ -288,8 +290,11 @@ class _Reader:
         if (how := table.table(4)) is not None:
             scale, zero_point = how.array(2, "f4"), how.array(3, "i8")
             axis = how.number(6, "i")
-            if not np.isfinite(scale).all() or (scale < 0).any():
-                raise _Damaged("a scale is negative or no number")
+            known = (
+                np.isfinite(scale).all() and not ((scale < 0) | (scale > 1e30) | ((scale > 0) & (scale < 1e-30))).any()
+            )
+            if not known:
+                raise _Damaged("a scale is negative, no number, or beyond any measure")
             if len(zero_point) not in (0, len(scale)) and len(scale):
                 raise _Damaged(f"there are {len(scale)} scales and {len(zero_point)} zero points")
             if len(zero_point) != len(scale):

@@ -1,7 +1,7 @@
 """The integer arithmetic of TFLite's kernels, bit for bit: multipliers, roundings, tables.
 
-Two sets of kernels are followed where they differ: TFLite-Micro's (`micro=True`, what microcontrollers run) and LiteRT's
-reference kernels. Integers are held in floating tensors as long as that is exact, which is faster than int64: a float64
+Two sets of kernels are followed where they differ: TFLite-Micro's, which microcontrollers run, and LiteRT's reference
+kernels. Integers are held in floating tensors as long as that is exact, which is faster than int64: a float64
 holds 53 bits, and the products here are proven to stay below.
 
 A real multiplier d is (q, e): d = q / 2^31 * 2^e with q a 31-bit integer
@@ -93,8 +93,11 @@ class Scaling:
         self.left = torch.from_numpy(2.0**left)
         self.shrink = torch.from_numpy(2.0**-right)
 
-    def __call__(self, x: Tensor, shape: tuple[int, ...] = (-1,)) -> Tensor:
-        """x d for integers in a float64 tensor of its own, which is overwritten; `shape` is where the channels stand."""
+    def __call__(self, x: Tensor, shape: tuple[int, ...] = (-1,), positive: bool = False) -> Tensor:
+        """x d for integers in a float64 tensor of its own, which is overwritten.
+
+        shape: where the channels stand; positive: nobody looks at what is below 0, which is then rounded otherwise
+        """
 
         def at(values: Tensor) -> Tensor:
             return values.to(x.device).view(shape)
@@ -107,6 +110,8 @@ class Scaling:
             h = x.mul_(at(self.high)).add_(low).div_(2.0**15).floor_()
         else:
             return self._wide(x, shape)
+        if positive:
+            return h.mul_(at(self.shrink)).add_(0.5).floor_()
         half = torch.copysign(torch.full((), 0.5, dtype=h.dtype, device=h.device), h)
         return h.mul_(at(self.shrink)).add_(half).trunc_()
 
@@ -237,8 +242,8 @@ class Softmax:
 
     def __init__(self, scale: float, beta: float, lo: int, hi: int):
         self.lo, self.hi = lo, hi
-        q, left = multiplier(min(beta * scale * 2.0**26, 2.0**31 - 1))
-        left = int(left)
+        q, e = multiplier(min(beta * scale * 2.0**26, 2.0**31 - 1))
+        left = int(e)
         least = -math.floor(31 * 2.0**26 / 2.0**left)
         d = -np.arange(256, dtype=np.int64)
         scaled = d << left if left >= 0 else d >> -left

@@ -26,8 +26,6 @@ from innersight.formats import tflite_integers as integers
 from innersight.formats.graph import exact
 from innersight.formats.tflite_file import Operator, TensorRecord
 
-MAX_WORK = 1 << 37  # multiplications of one layer for one picture
-
 TURN, BACK = (0, 3, 1, 2), (0, 2, 3, 1)
 _RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 
@@ -111,7 +109,7 @@ class Site:
 
     micro: TFLite-Micro's kernels where they differ from LiteRT's reference kernels
     whole: whether integers are computed; otherwise the twin is the value
-    room:  raises where a value of such a shape would not fit into memory
+    room:  (shape, multiplications): raises where a value of such a shape, or so much work, is beyond what is run here
     """
 
     operator: Operator
@@ -120,7 +118,7 @@ class Site:
     micro: bool
     whole: bool
     keep: Callable[[str, Tensor], Value]
-    room: Callable[[Sequence[int]], None]
+    room: Callable[..., None]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -240,9 +238,10 @@ def _aligned(x: Tensor, turn: bool, rank: int, turned: bool) -> Tensor:
 
 def activation(number: int) -> Callable[[Tensor], Tensor] | None:
     """The function of a float operator's fused activation."""
-    if number not in (0, 1, 2, 3, 4):
-        raise Unsupported(f"fused activation {number} is not known here")
-    return {1: F.relu, 2: _minus_one_to_one, 3: F.relu6, 4: torch.tanh}.get(number)
+    if number not in (0, 1, 2, 3):
+        raise Unsupported(f"fused activation {number} is not supported")  # LiteRT's kernels pass over a tanh
+    functions: dict[int, Callable[[Tensor], Tensor]] = {1: F.relu, 2: _minus_one_to_one, 3: F.relu6}
+    return functions.get(number)
 
 
 def _minus_one_to_one(x: Tensor) -> Tensor:
@@ -338,7 +337,6 @@ class _Window:
         """(before, behind) for rows and for columns."""
         sizes = tuple(zip(x.shape[-2:], self.kernel, self.stride, self.dilation, strict=True))
         around = tuple(_same(*size) if self.same else (0, 0) for size in sizes)
-        self.room((*x.shape[:2], *(size[0] + sum(p) for size, p in zip(sizes, around, strict=True))))
         if any(size[0] + sum(p) < (size[1] - 1) * size[3] + 1 for size, p in zip(sizes, around, strict=True)):
             raise InputError(f"its window {self.kernel} is larger than what it reads, {tuple(x.shape[-2:])}")
         return around[0], around[1]
@@ -353,15 +351,14 @@ class _Window:
     def check(self, x: Tensor, made: int, each: int) -> None:
         """Room and work for a sample."""
         (top, bottom), (left, right) = self.padding(x)
+        self.room((*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right))
         out = [
             (n + p - (k - 1) * d - 1) // s + 1
             for n, p, k, s, d in zip(
                 x.shape[-2:], (top + bottom, left + right), self.kernel, self.stride, self.dilation, strict=True
             )
         ]
-        self.room((x.shape[0], made, *out))
-        if math.prod(out) * made * each > MAX_WORK:
-            raise InputError("it takes more multiplications than are run here")
+        self.room((x.shape[0], made, *out), math.prod(out) * made * each)
 
 
 @dataclass(eq=False)
@@ -445,7 +442,7 @@ class _Requantised(Pointwise):
     def __call__(self, sums: Tensor) -> Tensor:
         shape = (-1,) if self.last else (-1, 1, 1)
         x = sums.double() + self.bias.to(sums.device).view(shape)
-        return self.out.real(self.scaling(x, shape))
+        return self.out.real(self.scaling(x, shape, positive=self.out.lo >= self.out.scale.zero))
 
 
 def _summed(x: Tensor, scale: Scale, whole: Tensor, limit: float,
@@ -537,9 +534,9 @@ def _transposed_convolution(site: Site) -> Layer:
         raise InputError("the size that it makes is not given as four numbers")
     h, w = (int(v) for v in size.sample[1:3])
     full = [(n - 1) * s + k for n, s, k in zip(sample.shape[2:], strides, kernel, strict=True)]
-    site.room((1, out, *full))
+    site.room((1, out, *full), math.prod(sample.shape) * out * math.prod(kernel))
     site.room((1, out, h, w))
-    if min(h, w) < 1 or math.prod(sample.shape) * out * math.prod(kernel) > MAX_WORK:
+    if min(h, w) < 1:
         raise InputError(f"the size {h}x{w} that it makes is beyond what is run here")
 
     def crop(full: int, n: int) -> int:
@@ -571,9 +568,7 @@ def _dense(site: Site) -> Layer:
     each = math.prod(x.sample.shape)
     if each % inner:
         raise InputError(f"it multiplies {each} numbers with weights for {inner}")
-    site.room((each // inner, out))
-    if each * out > MAX_WORK:
-        raise InputError("it takes more multiplications than are run here")
+    site.room((each // inner, out), each * out)
 
     def rows(x: Tensor) -> Tensor:
         """(.., inner) as the file sees it."""
@@ -583,7 +578,7 @@ def _dense(site: Site) -> Layer:
             x = x.permute(BACK)
         if keep or x.dim() == 1:
             return x if x.shape[-1] == inner else x.reshape(*x.shape[:-1], inner)
-        return x.flatten(1) if x[0].numel() == inner else x.reshape(-1, inner)
+        return x.flatten(1) if math.prod(x.shape[1:]) == inner else x.reshape(-1, inner)
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rows(x), weight, bias)
@@ -766,7 +761,7 @@ class _Added(Pointwise):
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         x = self.table_a.to(a.device)[self.a.index(a)] + self.table_b.to(b.device)[self.b.index(b)]
-        return self.out.real(self.scaling(x))
+        return self.out.real(self.scaling(x, positive=self.out.lo >= self.out.scale.zero))
 
 
 class _Multiplied(Pointwise):
@@ -791,7 +786,8 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 _ONE: dict[str, Callable[[Tensor], Tensor]] = {
-    "RELU": F.relu, "RELU6": F.relu6, "RELU_N1_TO_1": _minus_one_to_one, "RELU_0_TO_1": lambda x: torch.clamp(x, 0.0, 1.0),
+    "RELU": F.relu, "RELU6": F.relu6, "RELU_N1_TO_1": _minus_one_to_one,
+    "RELU_0_TO_1": lambda x: torch.clamp(x, 0.0, 1.0),
     "LOGISTIC": torch.sigmoid, "TANH": torch.tanh, "EXP": torch.exp, "LOG": torch.log, "SQRT": torch.sqrt,
     "RSQRT": torch.rsqrt, "ABS": torch.abs, "NEG": torch.neg, "SQUARE": torch.square, "SIN": torch.sin,
     "COS": torch.cos, "FLOOR": torch.floor, "CEIL": torch.ceil, "ROUND": torch.round, "ELU": F.elu, "GELU": _gelu,
@@ -832,7 +828,7 @@ def _one_value(site: Site) -> Layer:
         raise Unsupported("of integers it is not supported")
     lo, hi = site.scale.lo, site.scale.hi
     limits = {"RELU": 1, "RELU6": 3, "RELU_N1_TO_1": 2}
-    if code in limits:
+    if code in limits and not (code == "RELU6" and site.micro):
         lo, hi = bounds(site.scale, limits[code])
     out = _Out(site.scale, lo, hi)
     return _through_table(site, x, out, function, lambda q: _of_integers(site, x.scale, q))  # type: ignore[arg-type]
@@ -840,11 +836,17 @@ def _one_value(site: Site) -> Layer:
 
 def _through_table(site: Site, x: Value, out: _Out, function: Callable[[Tensor], Tensor],
                    table: Callable[[np.ndarray], np.ndarray]) -> Layer:  # fmt: skip
+    """A function of one integer; the twin of one that never leaves the range but by rounding keeps its slope there."""
     assert x.scale is not None
+    bounded = site.operator.code in ("LOGISTIC", "TANH")
+
+    def twin(x: Tensor) -> Tensor:
+        return function(x) if bounded else out.twin(function(x))
+
     if not site.whole:
-        return Layer(lambda x: out.twin(function(x)), [x], x.turned, lo=out.lo, hi=out.hi)
+        return Layer(twin, [x], x.turned, lo=out.lo, hi=out.hi)
     compute = _Looked(x.scale, out, table(integers.all_of(x.scale.lo, x.scale.hi)))
-    return Layer(lambda x: exact(out.twin(function(x)), compute, x), [x], x.turned, lo=out.lo, hi=out.hi)
+    return Layer(lambda x: exact(twin(x), compute, x), [x], x.turned, lo=out.lo, hi=out.hi)
 
 
 def _of_integers(site: Site, scale: Scale, q: np.ndarray) -> np.ndarray:
@@ -915,6 +917,8 @@ class _Rounded(Pointwise):
         self.out = out
 
     def __call__(self, x: Tensor) -> Tensor:
+        if bool(torch.isnan(x).any()):
+            raise InputError("the picture given holds NaN (not a number), which no integer stands for")
         q = (x.double() / self.out.scale.step).float().double()
         return self.out.real(torch.copysign(torch.floor(q.abs() + 0.5), q))
 
@@ -944,20 +948,21 @@ def _softmax(site: Site) -> Layer:
     def function(x: Tensor) -> Tensor:
         return F.softmax(x if beta == 1.0 else x * beta, dim)
 
+    # The twin is not cut off at 255/256, the greatest integer: a sure network would have no slope at all.
     if x.scale is None or site.scale is None:
         return Layer(function, [x], x.turned)
     scale, out = x.scale, _Out(site.scale)
     if abs(out.scale.step * 256 - 1) > 1e-3 or out.scale.zero != out.scale.lo:
         raise Unsupported(f"it answers in steps of {out.scale.step:.6g}, the kernels do in 1/256")
     if not site.whole:
-        return Layer(lambda x: out.twin(function(x)), [x], x.turned, lo=out.lo, hi=out.hi)
+        return Layer(function, [x], x.turned)
     kernel = integers.Softmax(scale.step, beta, out.scale.lo, out.scale.hi)
 
     def compute(x: Tensor) -> Tensor:
         q = kernel(scale.index(x).movedim(dim, -1) + scale.lo)
         return out.real(q.movedim(-1, dim) - out.scale.zero)
 
-    return Layer(lambda x: exact(out.twin(function(x)), compute, x), [x], x.turned, lo=out.lo, hi=out.hi)
+    return Layer(lambda x: exact(function(x), compute, x), [x], x.turned)
 
 
 @_operator("MEAN", "SUM", "REDUCE_MAX", "REDUCE_MIN", "REDUCE_PROD")
@@ -965,7 +970,9 @@ def _reduced(site: Site) -> Layer:
     x, code, keep = site.read(0), site.operator.code, bool(site.options["keep_dims"])
     axes = [int(a) for a in site.array(1).reshape(-1)]
     if x.known:
-        functions = {"SUM": np.sum, "REDUCE_PROD": np.prod, "REDUCE_MAX": np.max, "REDUCE_MIN": np.min}
+        functions: dict[str, Callable[..., Any]] = {
+            "SUM": np.sum, "REDUCE_PROD": np.prod, "REDUCE_MAX": np.max, "REDUCE_MIN": np.min,
+        }  # fmt: skip
         if code not in functions:
             raise Unsupported("of a shape it is not supported")
         function = functions[code]
@@ -1035,6 +1042,11 @@ def _matmul(site: Site) -> Layer:
         raise Unsupported("of integers it is not supported")
     turn_a, turn_b = bool(site.options["adj_x"]), bool(site.options["adj_y"])
     four = max(a.rank, b.rank) == 4
+    if min(a.rank, b.rank) < 2:
+        raise InputError("it multiplies values with one axis")
+    (*_, m, k), (*_, k2, n) = (_file_shape(v) for v in (a, b))
+    made = max(math.prod(_file_shape(v)[:-2]) for v in (a, b)) * (k if turn_a else m) * (k2 if turn_b else n)
+    site.room((made,), made * (m if turn_a else k))
 
     def call(x: Tensor, y: Tensor) -> Tensor:
         x, y = to_file(x, a.turned), to_file(y, b.turned)
@@ -1113,14 +1125,12 @@ def _reshaped(site: Site, x: Value, given: Value | None, sizes: list[int] | None
     stored = x.sample.shape[0] if x.rank else 1
 
     def call(x: Tensor, given: np.ndarray | None) -> Tensor:
-        target = _target(x, given.reshape(-1).tolist() if given is not None else sizes, stored)  # type: ignore[union-attr]
+        asked = given.reshape(-1).tolist() if given is not None else sizes or []
+        target = _target(x, asked, stored)
         if turned and not (flat and x.shape[2] * x.shape[3] == 1):
             x = x.permute(BACK)
-        y = (
-            x.flatten(1)
-            if flat and x.dim() > 1 and (target[0] in (x.shape[0], -1)) and (target[1] in (-1, x[0].numel()))
-            else x.reshape(target)
-        )
+        rows = flat and x.dim() > 1 and target[0] in (x.shape[0], -1) and target[1] in (-1, math.prod(x.shape[1:]))
+        y = x.flatten(1) if rows else x.reshape(target)
         return y.permute(TURN) if rank == 4 else y
 
     return Layer(call, [x, given], rank == 4)
@@ -1146,7 +1156,7 @@ def _expand_dims(site: Site) -> Layer:
     x = site.read(0)
     axis = int(site.array(1).reshape(-1)[0])
     if x.known:
-        return _of_arrays(site, lambda v, a: np.expand_dims(v, axis))
+        return _of_arrays(site, lambda v, _: np.expand_dims(v, axis))
     shape = list(_file_shape(x))
     if not -len(shape) - 1 <= axis <= len(shape):
         raise InputError(f"axis {axis} of a value with {len(shape)} axes does not exist")
@@ -1166,7 +1176,7 @@ def _transpose(site: Site) -> Layer:
     if sorted(order) != list(range(x.rank)):
         raise InputError(f"it orders axes as {order}")
     if x.known:
-        return _of_arrays(site, lambda v, p: v.transpose(order))
+        return _of_arrays(site, lambda v, _: v.transpose(order))
     _same_scale(site, x)
     now = list(TURN) if x.turned else list(range(x.rank))
 
@@ -1293,6 +1303,7 @@ def _packed(site: Site, values: list[Value], axis: int) -> Layer:
     rank = max(v.rank for v in found) + 1
     turned = [v.turned for v in found]
     _same_scale(site, *found)
+    site.room((len(found), *found[0].sample.shape))
 
     def call(*given: Tensor) -> Tensor:
         y = torch.stack([to_file(x, t) for x, t in zip(given, turned, strict=True)], axis)
@@ -1426,6 +1437,7 @@ def _gather(site: Site) -> Layer:
     if dim == 0 or places.size == 0 or places.ndim > 1 or places.min() < 0 or places.max() >= length:
         raise Unsupported(f"it picks {places.shape} elements of an axis of {length}, which is not supported")
     chosen = [int(p) for p in places.reshape(-1)]
+    site.room([len(chosen) if d == dim else n for d, n in enumerate(x.sample.shape)])
     drop, turned = places.ndim == 0, x.turned
     if drop and turned and dim != 1:
         return Layer(lambda x: x.select(dim, chosen[0]).movedim(1, -1), [x], False)
@@ -1511,9 +1523,11 @@ def _space_and_batch(site: Site) -> Layer:
         site.room((n, c, h + top + bottom, w + left + right))
         if (h + top + bottom) % b[0] or (w + left + right) % b[1]:
             raise InputError(f"blocks {blocks} do not fit {h}x{w}")
+        # TFLite-Micro fills with the integer 0, whatever the zero point is.
+        value = x.scale.real(0) if x.scale is not None and site.micro else 0.0
 
         def apart(x: Tensor) -> Tensor:
-            x = F.pad(_turned(x, turn), (left, right, top, bottom))
+            x = F.pad(_turned(x, turn), (left, right, top, bottom), value=value)
             n, c, h, w = x.shape
             parts = x.reshape(n, c, h // b[0], b[0], w // b[1], b[1]).permute(0, 3, 5, 1, 2, 4)
             return parts.reshape(n * count, c, h // b[0], w // b[1])
