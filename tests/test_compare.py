@@ -308,6 +308,27 @@ def test_names_mislead_and_values_tell(x):
     assert (c.layers["conv1"].b, c.layers["relu"].b) == ("relu", "conv1")
     assert c.layers["conv1"].equal
     assert "values: correlation" in c.layers["conv1"].how
+    one = innersight.compare(net, {name: values[:1] for name, values in swapped.items()}, x[:1])
+    assert (one.layers["conv1"].b, one.layers["relu"].b) == ("relu", "conv1")
+
+
+def test_scores_and_their_softmax_are_not_the_same_layer(x):
+    class Ends(Small):
+        def forward(self, x):
+            return super().forward(x).softmax(1)
+
+    net = opened(small())
+    maps = net.maps(x, layers=list(net.layers))
+    softmax = torch.from_numpy(maps["fc"]).softmax(1).numpy()
+    torch.manual_seed(0)
+    ends = Ends().eval()
+    ends.load_state_dict(net.module.state_dict())
+    # a file that calls the softmax as the layer in front of it, which is what Keras does
+    c = innersight.compare({**maps, "fc": softmax}, opened(ends), x)
+    assert c.layers["fc"].b == "softmax"
+    assert c.layers["fc"].sqnr > 100
+    assert "fc" in dict(c.only_b)
+    assert "by same name it would be fc and fc" in c.layers["fc"].how
 
 
 def test_shapes_that_differ_are_never_paired(x):
@@ -488,6 +509,7 @@ def test_classes_are_paired_by_name_where_their_numbers_differ():
     found = Predicted.of(a, b, ["x", "y"])
     assert list(found.same) == [True, True]  # the background is no class of both
     assert found.goals([0, 1]) == ([0, 1], [2, 1])
+    assert found.goals([0, 1], "fish") == ([2, 2], [3, 3])
     assert "paired by name" in found.how
     with pytest.raises(errors.Unsupported, match="3 and 4 classes"):
         Predicted.of(predictions(a.logits), predictions(b.logits), [])
@@ -554,6 +576,28 @@ def test_the_same_answer_for_another_reason_is_found():
     assert "with the same answer for another reason" in str(c)
     c.plot_reasons()
     assert c.figure is not None
+
+
+def test_a_softmax_at_the_end_of_one_network_changes_no_reason(x):
+    class Ends(Small):
+        def forward(self, x):
+            return super().forward(x).softmax(1)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        b = Ends().eval()
+    b.load_state_dict(small().state_dict())
+    c = innersight.compare(opened(small()), opened(b), x)
+    assert c.predictions.agreement == 1
+    assert (c.predictions.divergence < 1e-9).all()
+    assert np.nanmin(c.reasons.correlation) > 0.9999
+    assert c.reasons.targets[0].startswith("probability of")
+    assert {n for n, _ in c.only_b} == {"softmax"}  # no scores of classes are paired with their softmax
+
+
+def test_one_target_for_each_image(noisy, x):
+    c = innersight.compare(*noisy, x, target=[0, 1, 2, 3, None])
+    assert c.reasons.targets[:4] == ["class 0", "class 1", "class 2", "class 3"]
 
 
 def test_a_function_without_gradients_is_compared_by_its_answers(x):

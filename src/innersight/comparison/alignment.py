@@ -383,32 +383,38 @@ def by_values(
     """Pair what names and order left over, or paired with something else, by what it answers in the sample (C, n).
 
     Two layers are the same if they have one shape, their channels (in some order) correlate by 0.9 in the mean, and the
-    difference holds less than a fifth of the energy: scores and their softmax are not.
+    difference holds less than a fifth of the energy: scores and their softmax are not. Of few values, whose correlation
+    says nothing, the difference must be below a hundredth.
     """
-    weak = [p for p in aligned.pairs if p.match is not None and p.match < OWN]
+    weak = [
+        p
+        for p in aligned.pairs
+        if p.match is None or p.match < OWN or _agreement(p, sample_a[p.a.name], sample_b[p.b.name]) < 0.5
+    ]
     free_a = {p.name: p for p in [*left_a, *(w.a for w in weak)] if p.name in sample_a}
     free_b = {p.name: p for p in [*left_b, *(w.b for w in weak)] if p.name in sample_b}
     candidates = []
     for p in free_a.values():
         for q in free_b.values():
-            x, y = sample_a[p.name], sample_b[q.name]
-            if p.shape != q.shape or x.shape[1] < FEWEST:
+            if p.shape != q.shape:
                 continue
+            x, y = sample_a[p.name], sample_b[q.name]
             order, match = match_channels(x, y) if reorder else (None, same_values(x, y))
-            y = y if order is None else y[list(order)]
-            energy, noise = (float((v.astype(np.float64) ** 2).sum()) for v in (x, x - y))
-            if match is not None and match >= SURE and noise < 0.2 * energy:
-                candidates.append(Pair(p, q, "", order, match))
-    candidates.sort(key=lambda c: -(c.match or 0))
-    for c in candidates:
+            found = Pair(p, q, "", order, match)
+            agreement = _agreement(found, x, y)
+            if agreement >= 0.99 or (x.shape[1] >= FEWEST and match is not None and match >= SURE and agreement >= 0.8):
+                candidates.append((agreement, found))
+    for agreement, c in sorted(candidates, key=lambda found: -found[0]):
         if c.a.name not in free_a or c.b.name not in free_b:
             continue
         before = [w for w in weak if w in aligned.pairs and (w.a.name == c.a.name or w.b.name == c.b.name)]
-        c.how = f"values: correlation {c.match:.3f} over {images} image{'s' * (images != 1)}"
-        if before:
-            c.how += (
-                f"; by {before[0].how} it would be {before[0].a.name} and {before[0].b.name}, {before[0].match:.2f}"
-            )
+        held = max((_agreement(w, sample_a[w.a.name], sample_b[w.b.name]) for w in before), default=0.0)
+        if held >= agreement:  # it is that pair, or no better
+            continue
+        alike = "" if c.match is None else f": correlation {c.match:.3f}"
+        c.how = f"values{alike} over {images} image{'s' * (images != 1)}"
+        for w in before[:1]:
+            c.how += f"; by {w.how} it would be {w.a.name} and {w.b.name}, which differ"
         if c.order is not None:
             c.how += "; channels of b matched by correlation"
         aligned.pairs = [w for w in aligned.pairs if w not in before] + [c]
@@ -418,6 +424,13 @@ def by_values(
         aligned.only_a = [(n, why) for n, why in aligned.only_a if n != c.a.name]
         aligned.only_b = [(n, why) for n, why in aligned.only_b if n != c.b.name]
         del free_a[c.a.name], free_b[c.b.name]
+
+
+def _agreement(pair: Pair, x: np.ndarray, y: np.ndarray) -> float:
+    """One less the difference's share of the energy, over a sample of both (C, n)."""
+    y = y if pair.order is None else y[list(pair.order)]
+    energy, noise = (float(np.square(v, dtype=np.float64).sum()) for v in (x, x - y))
+    return 1 - noise / energy if energy else 0.0
 
 
 def match_channels(a: np.ndarray, b: np.ndarray) -> tuple[tuple[int, ...] | None, float | None]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from innersight import errors
 from innersight.results import Predictions, Saliency, jsonable
+from innersight.targets import Classes
 
 UNLIKE = 0.5  # a correlation of two saliency maps below which the reasons count as different
 
@@ -83,12 +84,24 @@ class Predicted:
             return p if self.top[side, image] else 1 - p
         return float(answers.probabilities[image, self.columns[side, self.top[side, image]]])
 
-    def goals(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The class that a predicts for each image, as both number it."""
+    def goals(self, rows: Sequence[int], target: Any = None) -> tuple[list[int], list[int]]:
+        """The class to explain of each image, as both number it: what a predicts, or `target`, a class of a."""
         if self.a.logits.shape[1] == 1:
             return [0] * len(rows), [0] * len(rows)
-        at = self.top[0, list(rows)]
-        return [int(c) for c in self.columns[0, at]], [int(c) for c in self.columns[1, at]]
+        given = target if isinstance(target, list) else [target] * len(rows)
+        classes = Classes(None if self.a.labels is None else tuple(self.a.labels))
+        of_b = dict(self.columns.T.tolist())
+        found = []
+        for i, t in zip(rows, given, strict=True):
+            index = int(self.columns[0, self.top[0, i]])
+            if t is not None:
+                index = classes.index(t, self.a.logits.shape[1])
+            if index not in of_b:
+                raise errors.InputError(
+                    f"{classes.name(index)!r} is no class of both networks, so it has no reasons in b"
+                )
+            found.append(index)
+        return found, [of_b[index] for index in found]
 
     def __len__(self) -> int:
         return self.top.shape[1]

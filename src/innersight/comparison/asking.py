@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from innersight import __version__, errors, storage
+from innersight import __version__, errors, storage, targets
 from innersight.comparison import alignment
 from innersight.comparison.alignment import Alignment, Pair, Place
 from innersight.comparison.answers import Predicted, Reasons
@@ -115,6 +115,21 @@ def dump(net: Any, images: Any, path: str | os.PathLike, layers: Sequence[str] |
     return storage.write_whole(path, lambda file: np.savez_compressed(file, **dict(maps)))
 
 
+def _goals(target: Any, predicted: Predicted | None, rows: range) -> list[Any]:
+    """What is explained of these images in a and in b: the same class, as a logit or as a probability in both."""
+    if isinstance(target, (list, np.ndarray, torch.Tensor)):
+        target = list(target)[rows.start : rows.stop]
+    if predicted is None:
+        return [target, target]
+    goals: list[Any] = [target, target]
+    if target is None or isinstance(target, (str, int, list)):
+        goals = list(predicted.goals(rows, target))
+    kinds = predicted.a.kind, predicted.b.kind
+    if kinds[0] != kinds[1] and (target is None or isinstance(target, (str, int, list))):
+        goals[kinds.index("logits")] = targets.probability(goals[kinds.index("logits")])
+    return goals
+
+
 @dataclass
 class _Work:
     """One comparison under way."""
@@ -179,9 +194,9 @@ class _Work:
         """Look at a sample of values: are channels in another order, does a name mislead, what is left?"""
         left_a = self._left(self.a, aligned.only_a)
         left_b = self._left(self.b, aligned.only_b)
-        shapes = {p.shape for p in left_a} & {p.shape for p in left_b}
-        names_a = [p.a.name for p in aligned.pairs] + [p.name for p in left_a if p.shape in shapes]
-        names_b = [p.b.name for p in aligned.pairs] + [p.name for p in left_b if p.shape in shapes]
+        shapes = [{p.shape for p in side.places()} for side in (self.a, self.b)]
+        names_a = [p.a.name for p in aligned.pairs] + [p.name for p in left_a if p.shape in shapes[1]]
+        names_b = [p.b.name for p in aligned.pairs] + [p.name for p in left_b if p.shape in shapes[0]]
         sample_a, sample_b = self._samples(names_a, names_b)
         for pair in aligned.pairs:
             x, y = sample_a[pair.a.name], sample_b[pair.b.name]
@@ -377,10 +392,12 @@ class _Work:
             at = self._reason_layers(a, b, aligned, layer)
         if target is None and predicted is not None:
             self.notes.append("reasons are for the class that a predicts, in both networks (target= changes it)")
+        if predicted is not None and predicted.a.kind != predicted.b.kind:
+            self.notes.append("one network ends in probabilities, so the reasons are for the probability in both")
         found = Reasons(method, at[0], at[1])
         for start in range(0, a.count, 16):
             rows = range(start, min(start + 16, a.count))
-            goals = (target, target) if target is not None or predicted is None else predicted.goals(rows)
+            goals = _goals(target, predicted, rows)
             maps = [
                 side.net.explain(
                     Inputs(side.inputs.tensor[rows.start : rows.stop], side.inputs.pictures[rows.start : rows.stop]),

@@ -18,6 +18,7 @@ from innersight.results import Provenance, Result
 if TYPE_CHECKING:
     from innersight.images import Picture
 
+ROUNDING = 100.0  # dB: what sums of float32 in another order differ by lies above that
 NOTABLE = 0.01  # the share of saturated values that is worth a sentence
 
 
@@ -77,8 +78,8 @@ class Comparison(Result):
         said = [f"Compared: {self.a} (a) and {self.b} (b), {many} over {images}."]
         if self.inputs_sqnr is not None and self.inputs_sqnr < math.inf:
             said.append(
-                f"They are not fed the same: {db_text(self.inputs_sqnr)} dB between their inputs, since each has the "
-                "pictures prepared its own way (preprocess= when opening changes it)."
+                f"What they are fed differs ({db_text(self.inputs_sqnr)} dB between their inputs): each has the "
+                "pictures prepared its own way, and preprocess= when opening changes it."
             )
         if rows and all(r.equal for r in rows):
             said.append("All their values are equal, bit for bit.")
@@ -87,16 +88,20 @@ class Comparison(Result):
             assert first is not None
             if first.a != rows[0].a:
                 said.append(f"Up to {named(first)} all values are equal.")
-            if self.divergence is None:
-                low = min(rows, key=lambda r: r.sqnr)
+            low = min(rows, key=lambda r: r.sqnr)
+            if low.sqnr >= ROUNDING:
+                said.append(f"They differ by rounding: no layer has less than {db_text(low.sqnr)} dB ({named(low)}).")
+            elif self.divergence is None:
                 said.append(
                     f"None falls below {self.threshold:g} dB of signal to noise; the lowest is {named(low)} with "
                     f"{db_text(low.sqnr)} dB."
                 )
             else:
                 said.append(f"They part at {self.divergence}")
-            if self.largest is not None and (
-                self.divergence is None or self.largest.layer is not self.divergence.layer
+            if (
+                self.largest is not None
+                and low.sqnr < ROUNDING
+                and (self.divergence is None or self.largest.layer is not self.divergence.layer)
             ):
                 said.append(f"The largest single loss is at {self.largest}")
         if cut := [r for r in rows if (r.saturation[1] or 0) >= NOTABLE and family(r.kind_b) != "softmax"]:
