@@ -23,6 +23,8 @@ _HOME = {
     "compare": "innersight.comparison",
     "dump": "innersight.comparison",
     "Comparison": "innersight.comparison",
+    "report": "innersight.viewer.report",
+    "view": "innersight.viewer.server",
     "InnersightError": "innersight.errors",
 }
 _MODULES = ("errors", "images", "targets", "results", "testing", "methods")
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from innersight.network import open as open
     from innersight.preprocess import Preprocess as Preprocess
     from innersight.results import load as load
+    from innersight.viewer.report import report as report
+    from innersight.viewer.server import view as view
 
 
 def __getattr__(name: str) -> Any:

@@ -35,8 +35,16 @@ _GROUP = 64 << 20  # bytes of values that are read in one pass
 STEPS: tuple[tuple[int | None, int | None], ...] = ((None, None), (56, None), (28, None), (28, 64), (28, 16), (0, 0))
 
 
+def opened(networks: Any) -> list[Network]:
+    """One network or several, opened where they are not."""
+    from innersight.network import open as open_network
+
+    many = list(networks) if isinstance(networks, (list, tuple)) else [networks]
+    return [open_network(n) for n in many]
+
+
 def report(
-    networks: Network | Sequence[Network],
+    networks: Any,
     images: Any,
     path: str | Path,
     *,
@@ -48,7 +56,7 @@ def report(
 ) -> Path:
     """Write the page with everything about these pictures in it.
 
-    networks: one, or two that are compared
+    networks: one, or a list of two that are compared; each a Network or what `innersight.open` takes
     images:   anything `Network.read` takes
     methods:  of saliency, each computed for every picture
     target:   the class that is explained; default what each network predicts
@@ -56,8 +64,7 @@ def report(
 
     Raises InputError where the page without any maps is already larger.
     """
-    many = [networks] if not isinstance(networks, Sequence) else list(networks)
-    session = Session(many, images, target=target, title=title)
+    session = Session(opened(networks), images, target=target, title=title)
     if not session.pictures:
         raise errors.InputError("a report shows pictures: name one or more")
     content = written(session, methods, int(max_mb * 1e6), progress or (lambda *_: None))

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from innersight import errors, images
-from innersight.viewer.report import import_map, modules, page, script_hash
+from innersight.viewer.notebook import Page, in_notebook
+from innersight.viewer.report import import_map, modules, opened, page, script_hash
 from innersight.viewer.session import Session
 
 if TYPE_CHECKING:
@@ -395,24 +396,30 @@ class Server:
 
 
 def view(
-    networks: Network | Sequence[Network],
+    networks: Any,
     images: Any = None,
     *,
     target: Any = None,
     port: int = 0,
     browser: bool = True,
     told: Callable[[str], Any] = lambda text: print(text, file=sys.stderr),
-) -> None:
-    """Serve the page on loopback until interrupted (Ctrl-C).
+) -> Any:
+    """Look into networks on a page: served on loopback until interrupted (Ctrl-C); in a notebook, shown in its cell.
 
-    networks: one, or two that are compared
-    images:   pictures to begin with; more can be added on the page
+    networks: one, or a list of two that are compared; each a Network or what `innersight.open` takes
+    images:   pictures to begin with; more can be added on the page that is served
+    target:   the class that is explained; default what each network predicts
     port:     0 for any that is free
     browser:  open it in the browser
+
+    In a notebook nothing is served (a port is what fails there): a `Page` comes back, which holds its data.
     """
-    many = [networks] if not isinstance(networks, Sequence) else list(networks)
-    server = Server(Session(many, images, target=target), port)
+    session = Session(opened(networks), images, target=target)
+    if in_notebook():
+        return Page(session)
+    server = Server(session, port)
     told(f"open {server.address} (Ctrl-C ends it)")
     if browser:
         threading.Timer(0.5, webbrowser.open, [server.address]).start()
     server.run()
+    return None

@@ -56,6 +56,7 @@ class Session:
         self._targets: list[list[int | None]] = [[] for _ in networks]
         self._chunks: dict[str, bytes] = {}
         self._given = target
+        self._compared: tuple[int, list[dict[str, Any]]] = (0, [])
         if images is not None:
             self.add(images)
 
@@ -122,6 +123,7 @@ class Session:
                 "inputs": [self._input(i) for i in range(len(self.pictures))],
                 "methods": _methods() if live else [],
                 "saliency": list(self.saliencies),
+                "comparison": self.comparison(),
             }
 
     def _network(self, m: int) -> dict[str, Any]:
@@ -162,6 +164,23 @@ class Session:
             "id": i, "name": picture.name, "label": picture.label, "size": [width, height], "frames": frames,
             "predictions": predictions,
         }  # fmt: skip
+
+    def comparison(self) -> list[dict[str, Any]] | None:
+        """Which layers of two networks stand for each other, over the pictures there are, and how far they agree."""
+        if len(self.networks) != 2 or not self.pictures:
+            return None
+        known, pairs = self._compared
+        if known != len(self.pictures):
+            from innersight.comparison import compare
+
+            found = compare(self.networks[0], self.networks[1], [p.display() for p in self.pictures], method=None)
+            pairs = [
+                {"a": v.a, "b": v.b, "sqnr": None if v.equal else _number(v.sqnr), "equal": v.equal,
+                 "cosine": _number(v.cosine), "order": v.order, "how": v.how}
+                for v in found.layers.values()
+            ]  # fmt: skip
+            self._compared = (len(self.pictures), pairs)
+        return pairs
 
     # -- keys
 
