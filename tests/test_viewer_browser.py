@@ -100,7 +100,7 @@ def test_maps_fields_and_pixels(page, written):
     assert channel == strongest  # sorted by activity, so it stands first
     assert (row, column) == (8, 7)
     step = np.ptp(maps[channel]) / 255
-    assert float(found.group(4)) == pytest.approx(maps[channel, row, column], abs=step + 0.006 * abs(maps).max())
+    assert float(found.group(4)) == pytest.approx(maps[channel, row, column], abs=float(step + 0.006 * abs(maps).max()))
     top, left, bottom, right = net.layers["conv2"].receptive_field.box(row, column, clip=False)
     assert f"This cell sees {bottom - top}×{right - left} pixels" in page.inner_text(".cell")
     assert page.inner_text(".channel h3") == f"Channel {channel}"
@@ -290,4 +290,4 @@ def test_the_page_in_a_frame_of_a_notebook(page, tmp_path):
     frame.locator(".card canvas").first.wait_for()
     frame.get_by_text("Saliency", exact=True).click()
     frame.locator("article[data-method=gradient] dl").wait_for()
-    assert "1 picture" in repr(shown)
+    assert "1 pictures" in repr(shown)

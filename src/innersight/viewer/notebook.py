@@ -45,7 +45,7 @@ class Page:
         return storage.write_whole(Path(path), lambda file: file.write(self.content))
 
     def __repr__(self) -> str:
-        return f"<Page {self.session.title}: {len(self.session.pictures)} picture(s); .save('page.html') writes it>"
+        return f"<Page {self.session.title}: {len(self.session.pictures)} pictures; .save('page.html') writes it>"
 
     def _repr_html_(self) -> str:
         # Scripts run, but in an origin of their own: nothing of the notebook can be reached from the frame.
