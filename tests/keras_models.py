@@ -269,17 +269,35 @@ def application(keras: Any, name: str) -> Any:
 
 
 def disturb(model: Any, rng: np.random.Generator) -> None:
-    """The weights of a fresh deep model, with those that are 0 or 1 moved, and batch norms that know their input."""
+    """The weights of a fresh deep model, with those that are 0 or 1 moved, and batch norms that know their input.
+
+    Whatever the precision of the model, they are float32's numbers, as files are read.
+    """
     values = []
     for value in model.get_weights():
         some = value.ndim < 2 and value.dtype.kind == "f"
-        values.append(value + rng.normal(0, 0.1, value.shape).astype(np.float32) if some else value)
-    model.set_weights(values)
+        values.append(value + rng.normal(0, 0.1, value.shape) if some else value)
+    model.set_weights([value.astype(np.float32) for value in values])
+    finalize(model)
     norms = [layer for layer in model.layers if type(layer).__name__ == "BatchNormalization"]
     for layer in norms:
         layer.momentum = 0.0
     if norms:
-        model(rng.normal(0, 1, (8, *model.inputs[0].shape[1:])).astype(np.float32), training=True)
+        model(picture(model, rng, (8, *model.inputs[0].shape[1:])), training=True)
+        model.set_weights([value.astype(np.float32) for value in model.get_weights()])
+
+
+def picture(model: Any, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Noise around 0, or pixels where the model scales them itself."""
+    noise = rng.normal(0, 1, shape)
+    pixels = any(type(layer).__name__ in ("Rescaling", "Normalization") for layer in model.layers[:3])
+    return (127.5 + 60 * noise if pixels else noise).astype(np.float32)
+
+
+def finalize(model: Any) -> None:
+    for layer in model.layers:
+        if hasattr(layer, "finalize_state"):  # Normalization computes with what it made of its weights earlier
+            layer.finalize_state()
 
 
 def randomize(model: Any, rng: np.random.Generator) -> None:
@@ -296,9 +314,7 @@ def randomize(model: Any, rng: np.random.Generator) -> None:
         integer = "int" in str(variable.dtype)
         values.append(np.zeros(shape, np.int64) if integer else value.astype(np.float32))
     model.set_weights(values)
-    for layer in model.layers:
-        if hasattr(layer, "finalize_state"):  # Normalization computes with what it made of its weights earlier
-            layer.finalize_state()
+    finalize(model)
 
 
 def outputs(model: Any) -> dict[str, Any]:
@@ -323,7 +339,7 @@ def record(keras: Any, name: str, model: Any, folder: Path, seed: int, draw: Cal
     rng = np.random.default_rng(seed)
     draw(model, rng)
     shape = [n or 10 + i for i, n in enumerate(model.inputs[0].shape[1:])]
-    x = rng.normal(0, 1, (2, *shape)).astype(np.float32)
+    x = picture(model, rng, (2, *shape))
     every = outputs(model)
     watched = keras.Model(model.inputs, list(every.values()))
     made = watched(x, training=False)
@@ -367,6 +383,8 @@ def main(engine: str, folder: str, *families: str) -> None:
     warnings.filterwarnings("ignore")
     keras = start(engine)
     keras.utils.set_random_seed(0)
+    if families:  # deep networks gather rounding errors of 1e-5 and more in float32
+        keras.config.set_floatx("float64")
     wanted = ((name, application(keras, name)) for name in families) if families else models(keras)
     for seed, (name, model) in enumerate(wanted):
         try:

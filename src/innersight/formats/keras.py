@@ -209,9 +209,9 @@ _FAMILIES = (  # (name in keras.applications begins so, family, side, what its o
     ("convnext", "ConvNeXt", 224, ""),
 )
 _STYLES = {
-    "tf": 'preprocess={"scale": 1/127.5, "mean": 1}',
-    "caffe": 'preprocess={"channels": "BGR", "scale": 1, "mean": (103.939, 116.779, 123.68)}',
-    "torch": 'preprocess={"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}',
+    "tf": "scale 1/127.5, mean 1",
+    "caffe": "channels BGR, scale 1, mean 103.939, 116.779, 123.68",
+    "torch": "mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225",
 }
 
 
@@ -241,7 +241,7 @@ def _preparation(model: Model, shape: tuple[int, ...]) -> tuple[Preprocess | Non
     preprocess, notes = prepared(shape)
     known = _family(model)
     if known is not None and known[2]:
-        notes.append(f"a {known[0]} of keras.applications with its own preprocess_input wants {_STYLES[known[2]]}")
+        notes.append(f"{known[0]} of keras.applications, as its preprocess_input has it: {_STYLES[known[2]]}")
     return preprocess, notes
 
 
@@ -249,7 +249,7 @@ def prepared(shape: tuple[int, ...]) -> tuple[Preprocess | None, list[str]]:
     """What is assumed where nothing says how pictures are prepared, and a note of it."""
     if len(shape) != 3 or shape[0] not in (1, 3):
         return None, [f"an input of shape {shape} cannot be read from a picture file; give float batches (N, C, H, W)"]
-    said = "nothing says how pictures are prepared; values 0..1 are assumed, preprocess={'scale': 1} gives 0..255"
+    said = "nothing says how pictures are prepared: values 0..1 are assumed; preprocess= says another (scale 1: 0..255)"
     return _record(shape), [said]
 
 

@@ -172,8 +172,9 @@ def _extract_archive(path: Path, out: io.BufferedIOBase) -> dict[str, Any]:
                 "as one file" if kinds else "holds no weights (model.weights.h5)"
             )  # fmt: skip
         content = io.BytesIO(_member(archive, "model.weights.h5", MAX_WEIGHTS))
+    writer = _Writer(out)
     with h5py.File(content, "r") as file:
-        entries = [_write(path, owner, dataset, out) for path, owner, dataset in _numbered(file)]
+        entries = [writer.write(path, owner, dataset) for path, owner, dataset in _numbered(file)]
     return {"config": config, "version": version, "by_number": True, "weights": entries}
 
 
@@ -243,12 +244,12 @@ def _extract_h5(file: h5py.File, out: io.BufferedIOBase) -> dict[str, Any]:
     if len(config) > MAX_TEXT:
         raise Refused(f"has a configuration of {len(config):,} characters, more than any model's")
     version = _text(file.attrs["keras_version"])[:40] if "keras_version" in file.attrs else ""
-    entries = []
+    writer, entries = _Writer(out), []
     group = _hard(file, "model_weights") if "model_weights" in file else None
     for layer in [] if group is None else _names(group, "layer_names"):
         own = _walk(group, layer)
         for name in _names(own, "weight_names"):
-            entries.append(_write(name, layer, _walk(own, name), out))
+            entries.append(writer.write(name, layer, _walk(own, name)))
             if len(entries) > MAX_OBJECTS:
                 raise Refused("holds more weights than any model has")
     return {"config": config, "version": version, "by_number": False, "weights": entries}
@@ -286,35 +287,37 @@ def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-_total = 0
+class _Writer:
+    """Writes weights as float32, one after the other, within the limits."""
 
+    def __init__(self, out: io.BufferedIOBase):
+        self.out = out
+        self.total = 0
 
-def _write(path: str, owner: str, dataset: Any, out: io.BufferedIOBase) -> tuple[str, str, list[int]]:
-    import h5py
-    import numpy as np
+    def write(self, path: str, owner: str, dataset: Any) -> tuple[str, str, list[int]]:
+        import h5py
+        import numpy as np
 
-    global _total
-    if not isinstance(dataset, h5py.Dataset):
-        raise Refused(f"has a group where the weights {path!a} should be")
-    if dataset.is_virtual or dataset.external:
-        raise Refused(f"keeps the weights {path!a} in another file; weights must be in the file itself")
-    if dataset.dtype.kind not in "fiub" or dataset.shape is None:
-        raise Refused(f"holds weights {path!a} of type {dataset.dtype}; expected numbers")
-    size = math.prod(dataset.shape) * max(dataset.dtype.itemsize, 4)
-    stored = dataset.id.get_storage_size()
-    if size > MAX_ARRAY or (size > 4 << 20 and size > 1000 * stored):
-        raise Refused(f"declares {size:,} bytes for {path!a} and holds {stored:,}: more than can be right")
-    _total += size
-    if _total > MAX_WEIGHTS:
-        raise Refused(f"holds more than {MAX_WEIGHTS >> 30} GiB of weights")
-    value = np.asarray(dataset[()], np.float32)
-    out.write(np.ascontiguousarray(value).data if value.size else b"")
-    return path, owner, list(value.shape)
+        label = ascii(path)
+        if not isinstance(dataset, h5py.Dataset):
+            raise Refused(f"has a group where the weights {label} should be")
+        if dataset.is_virtual or dataset.external:
+            raise Refused(f"keeps the weights {label} in another file; weights must be in the file itself")
+        if dataset.dtype.kind not in "fiub" or dataset.shape is None:
+            raise Refused(f"holds weights {label} of type {dataset.dtype}; expected numbers")
+        size = math.prod(dataset.shape) * max(dataset.dtype.itemsize, 4)
+        stored = dataset.id.get_storage_size()
+        if size > MAX_ARRAY or (size > 4 << 20 and size > 1000 * stored):
+            raise Refused(f"declares {size:,} bytes for {label} and holds {stored:,}: more than can be right")
+        self.total += size
+        if self.total > MAX_WEIGHTS:
+            raise Refused(f"holds more than {MAX_WEIGHTS >> 30} GiB of weights")
+        value = np.ascontiguousarray(dataset[()], np.float32)
+        self.out.write(value.tobytes() if value.size < 1 << 20 else value.data)
+        return path, owner, list(dataset.shape)
 
 
 def _main(path: str, folder: str, seconds: str) -> None:
-    global _total
-    _total = 0
     try:  # on systems without limits, the caller's clock remains
         import resource
 

@@ -20,7 +20,7 @@ from torch import nn
 from innersight.errors import InputError, Unsupported
 from innersight.formats.graph import Graph, Step
 from innersight.formats.keras_file import Contents, Weight
-from innersight.formats.keras_layers import LAYERS, OPERATIONS, Apply, Build, Value
+from innersight.formats.keras_layers import LAYERS, OPERATIONS, Apply, Build, Value, channels_first
 
 MAX_LAYERS = 20_000
 MAX_NESTING = 32
@@ -463,8 +463,9 @@ class Assembly:
 
     def _finished(self, outputs: list[Any]) -> Graph:
         graph = Graph(self.steps, "input", outputs, self.constants, finish=_outcome)
-        for name, module in self.modules.items():
-            graph.add_module(re.sub(r"\W", "_", f"custom_{name}"), module)
+        for name, module in self.modules.items():  # under the layer's own name, which observers then see
+            name = name.replace(".", "_")
+            graph.add_module(f"custom_{name}" if hasattr(graph, name) else name, module)
         return graph
 
     def _expand(self, model: Model, prefix: str, given: list[Any]) -> list[Any]:
@@ -576,8 +577,6 @@ class Assembly:
         def apply(_: Any, *values: Any, **__: Any) -> Value:
             flat = [v for v in _flat(values) if isinstance(v, Value)]
             moved = any(v.moved for v in flat)
-            from innersight.formats.keras_layers import channels_first
-
             out = made(*(channels_first(v) if moved else v.tensor for v in flat))
             return Value(out, moved and out.dim() > 2)
 
