@@ -17,6 +17,7 @@ from innersight.comparison.alignment import Pair
 from innersight.draw import color
 from innersight.results import jsonable
 
+BLOCK = 1 << 16  # values that are worked on at once: more fall out of the caches
 EXACT = 150.0  # dB: what a drop is counted from where values are equal; float32 itself rounds at about that
 
 
@@ -277,34 +278,35 @@ class Sums:
         b = b.to(a.device)
         if self.order is not None:
             b = b[:, self.order.to(b.device)]
-        step = max(1, (1 << 22) // max(a[0].numel(), 1))
-        for start in range(0, len(a), step):
-            self._add(rows[start : start + step], a[start : start + step], b[start : start + step])
+        self.values += a.shape[0] * math.prod(a.shape[2:])
+        a, b = (v.flatten(2) if v.dim() > 2 else v[:, :, None] for v in (a, b))
+        step = max(1, BLOCK // a.shape[2]) if a.device.type == "cpu" else a.shape[1]
+        for row, x, y in zip(rows, a, b, strict=True):
+            for first in range(0, len(x), step):
+                part = slice(first, first + step)
+                self._add(row, part, x[part], y[part])
 
-    def _add(self, rows: Sequence[int], a: torch.Tensor, b: torch.Tensor) -> None:
-        sides = [v.reshape(*v.shape[:2], -1).double() for v in (a, b)]
-        x, y = sides
+    def _add(self, row: int, part: slice, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Some channels (c, places) of one image."""
+        for k, v in enumerate((x, y)):
+            low, high = (end.double().cpu().numpy() for end in (v.amin(1), v.amax(1)))
+            self.low[k, part] = np.minimum(self.low[k, part], low)
+            self.high[k, part] = np.maximum(self.high[k, part], high)
+        x, y = x.double(), y.double()
         d = x - y
-
-        def total(v: torch.Tensor) -> np.ndarray:
-            return v.sum(-1).cpu().numpy()  # (n, C)
-
-        noise, signal = total(d * d), total(x * x)
-        self.noise += noise.sum(0)
-        self.aa += signal.sum(0)
-        self.bb += total(y * y).sum(0)
-        self.ab += total(x * y).sum(0)
-        self.by_image[0, list(rows)] = signal.sum(1)
-        self.by_image[1, list(rows)] = noise.sum(1)
-        self.values += x.shape[0] * x.shape[2]
         self.largest = max(self.largest, float(d.abs().max()))
-        for k, v in enumerate(sides):
-            self.low[k] = np.minimum(self.low[k], v.amin((0, 2)).cpu().numpy())
-            self.high[k] = np.maximum(self.high[k], v.amax((0, 2)).cpu().numpy())
-            if self.steps[k] is not None:
-                q = self.steps[k].integers(v)
-                self.cut[k, 0] += (q <= self.steps[k].lo).sum((0, 2)).cpu().numpy()
-                self.cut[k, 1] += (q >= self.steps[k].hi).sum((0, 2)).cpu().numpy()
+        products = torch.stack([(p * q).sum(1) for p, q in ((d, d), (x, x), (y, y), (x, y))])
+        noise, signal, other, product = products.cpu().numpy()
+        self.noise[part] += noise
+        self.aa[part] += signal
+        self.bb[part] += other
+        self.ab[part] += product
+        self.by_image[:, row] += signal.sum(), noise.sum()
+        for k, v in enumerate((x, y)):
+            if (step := self.steps[k]) is not None:
+                q = step.integers(v)
+                self.cut[k, 0, part] += (q <= step.lo).sum(1).cpu().numpy()
+                self.cut[k, 1, part] += (q >= step.hi).sum(1).cpu().numpy()
 
     def share_of_noise(self) -> np.ndarray:
         """(N,): how far each image is off, for choosing one."""
