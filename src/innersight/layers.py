@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from innersight import errors
@@ -12,6 +12,7 @@ from innersight import errors
 if TYPE_CHECKING:
     import torch
 
+    from innersight.formats import Quantised
     from innersight.observe.geometry import AxisField, Layout, ReceptiveField
     from innersight.observe.observer import Node, Recording
 
@@ -27,6 +28,7 @@ class Layer:
     grid_note:       how it was brought to that grid, where it was not `(C, H, W)` already
     parameters:      how many numbers were learnt for it
     receptive_field: the part of the input that one of its values looks at; None if not known
+    quantised:       scale, zero point and range of its integers; None where it has none
     """
 
     name: str
@@ -39,10 +41,12 @@ class Layer:
     node: Node = field(compare=False)
     layout: Layout | None = field(compare=False)
     _effective: Callable[..., Any] = field(compare=False)
+    quantised: Quantised | None = None
 
     def __repr__(self) -> str:
         sees = "" if self.receptive_field is None or self.grid is None else f", sees {self.receptive_field}"
-        return f"<Layer {self.name}: {self.kind}, {_output(self)}{sees}>"
+        integers = "" if self.quantised is None else f", {self.quantised}"
+        return f"<Layer {self.name}: {self.kind}, {_output(self)}{sees}{integers}>"
 
     @property
     def spatial(self) -> bool:
@@ -89,6 +93,7 @@ class Layer:
             "grid_note": self.grid_note or None,
             "parameters": self.parameters,
             "receptive_field": None if f is None else f.to_json(),
+            "quantised": None if self.quantised is None else asdict(self.quantised),
         }
 
 
@@ -203,7 +208,8 @@ def row(layer: Layer) -> tuple[str, ...]:
     )
     if f is not None and f.whole:
         seen = ("whole picture", "", "")
-    return layer.name, layer.kind, _output(layer), *seen, f"{layer.parameters:,}" if layer.parameters else ""
+    kind = layer.kind if layer.quantised is None else f"{layer.kind} {layer.quantised.dtype}"
+    return layer.name, kind, _output(layer), *seen, f"{layer.parameters:,}" if layer.parameters else ""
 
 
 def _output(layer: Layer) -> str:

@@ -172,6 +172,7 @@ class Network:
             node=node,
             layout=layout,
             _effective=self._effective_field,
+            quantised=(self.quantisation or {}).get(node.name),
         )
 
     def _effective_field(self, layer: Layer, pictures: Any, share: float) -> tuple[int, int, int, int]:

@@ -36,6 +36,7 @@ from innersight.observe.passes import free_memory
 from innersight.preprocess import Preprocess
 
 ARITHMETIC = ("device", "litert", "float")
+MAX_INPUT = 1 << 25  # numbers of the input
 MAX_VALUE, MAX_VALUES = 1 << 27, 1 << 29  # numbers of one value, and of all, for one picture
 MAX_WORK = 1 << 36  # multiplications for one picture
 _LABEL_BYTES = 4 << 20
@@ -205,6 +206,8 @@ class _Plan:
             self.fixed_batch = shape[0]
         asked = [shape[a] for a in TURN] if turned else list(shape)
         self._room(asked)
+        if math.prod(asked) > MAX_INPUT:
+            raise InputError(f"{self.name} takes an input of shape {shape}, which is larger than what is read")
         self.input = record
         self.input_shape = tuple(asked[1:])
         self.input_turned = turned
