@@ -306,10 +306,12 @@ def test_names_are_text_wherever_they_stand(tmp_path):
 
 
 def test_a_report_shows_pictures_and_predictions_without_javascript(tmp_path):
-    text = report(opened(), [photograph(0)], tmp_path / "r.html", methods=[]).read_text()
+    text = report(opened(), [photograph(0)], tmp_path / "r.html", methods=["gradcam"]).read_text()
     (plain,) = re.findall(r"<noscript>(.*?)</noscript>", text, re.S)
     assert "data:image/png;base64," in plain
     assert all(name in plain for name in ("cat", "dog", "eel", "fox", "gnu"))
+    assert plain.count("<img") == 2
+    assert "gradcam for" in plain
 
 
 def test_two_networks_stand_in_one_report(tmp_path):
@@ -378,7 +380,7 @@ def test_requests_of_other_pages_are_refused(server):
         answer, _ = ask(server, "/api/hide", "POST", b"{}", Origin=origin)
         assert answer.status == 403
     assert ask(server, Sec_Fetch_Site="cross-site")[0].status == 403
-    box = json.dumps({"network": 0, "input": 0, "box": [0, 0, 8, 8]})
+    box = json.dumps({"kind": "explain", "network": 0, "input": 0, "box": [0, 0, 8, 8]})
     answer, body = ask(server, "/api/hide", "POST", box, Origin=f"http://127.0.0.1:{server.port}")
     assert answer.status == 200
     assert len(json.loads(body)["top"]) == 5
@@ -448,7 +450,9 @@ def events(server, number):
 
 
 def test_a_job_tells_its_progress_and_its_end(server):
-    answer, body = ask(server, "/api/jobs", "POST", json.dumps({"network": 0, "input": 0, "method": "smoothgrad"}))
+    answer, body = ask(
+        server, "/api/jobs", "POST", json.dumps({"kind": "explain", "network": 0, "input": 0, "method": "smoothgrad"})
+    )
     assert answer.status == 202
     told = events(server, json.loads(body)["id"])
     assert told[0][0] == "progress"
@@ -459,9 +463,9 @@ def test_a_job_tells_its_progress_and_its_end(server):
 
 @pytest.mark.parametrize(
     ("asked", "sentence"),
-    [({"network": 0, "input": 0, "method": "nonsense"}, "no method"),
-     ({"network": 0, "input": 0, "method": "gradient", "target": "yak"}, "no class"),
-     ({"network": 0, "input": 0, "method": "attention_rollout"}, "attention")],
+    [({"kind": "explain", "network": 0, "input": 0, "method": "nonsense"}, "no method"),
+     ({"kind": "explain", "network": 0, "input": 0, "method": "gradient", "target": "yak"}, "no class"),
+     ({"kind": "explain", "network": 0, "input": 0, "method": "attention_rollout"}, "attention")],
 )  # fmt: skip
 def test_a_job_that_fails_says_why(server, asked, sentence):
     _, body = ask(server, "/api/jobs", "POST", json.dumps(asked))
@@ -471,8 +475,9 @@ def test_a_job_that_fails_says_why(server, asked, sentence):
 
 
 NONSENSE = [
-    b"", b"[]", b"{", b'{"network": 0}', b"[" * 100000, b'{"network":9,"input":0,"method":"gradient"}',
-    b'{"network":"x","input":0,"method":"gradient"}',
+    b"", b"[]", b"{", b'{"network": 0}', b"[" * 100000, b'{"kind":"explain","network":9,"input":0,"method":"gradient"}',
+    b'{"kind":"explain","network":"x","input":0,"method":"gradient"}', b'{"kind":"explain","network":0,"input":7}',
+    b'{"kind":"maximize","network":0,"layer":"conv1","channel":"x"}',
 ]  # fmt: skip
 
 
@@ -481,6 +486,17 @@ def test_nonsense_gets_a_sentence(server, body):
     answer, said = ask(server, "/api/jobs", "POST", body)
     assert answer.status == 422
     assert json.loads(said)["error"]
+
+
+def test_what_maximizes_a_channel_is_found_on_the_server(server):
+    asked = {"kind": "maximize", "network": 0, "layer": "conv2", "channel": 3}
+    _, body = ask(server, "/api/jobs", "POST", json.dumps(asked))
+    kind, made = events(server, json.loads(body)["id"])[-1]
+    assert kind == "done"
+    want = opened().maximize("conv2", 3)
+    assert made["verdict"]["rise"] == pytest.approx(want.verdict["rise"][0], rel=1e-4)
+    _, content = ask(server, f"/api/get/{made['key']}")
+    assert np.abs(np.asarray(Image.open(io.BytesIO(content))).astype(int) - np.asarray(want.images[0])).max() <= 1
 
 
 def test_leaving_cancels_a_job():
@@ -500,7 +516,9 @@ def test_leaving_cancels_a_job():
                 let.wait(0.01)
 
         net.explain = endless
-        _, body = ask(server, "/api/jobs", "POST", json.dumps({"network": 0, "input": 0, "method": "gradient"}))
+        _, body = ask(
+            server, "/api/jobs", "POST", json.dumps({"kind": "explain", "network": 0, "input": 0, "method": "gradient"})
+        )
         number = json.loads(body)["id"]
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
         connection.request(

@@ -64,6 +64,7 @@ def run(
         study = measure(net, digits, len(trained.history), seed, say)
         files = figures.draw(net, study, say)
         files["layers.txt"] = f"{net.layers}\n".encode()
+        files["report.html"] = _report(net, digits)
     files["weights.safetensors"] = _weights(model, digits, trained.accuracy, seed)
     findings = words.findings(study)
     files["findings.json"] = numbers(study, findings)
@@ -74,6 +75,16 @@ def run(
         folder, digits.note, study.reading.accuracy, tuple(folder / name for name in files), tuple(findings),
         time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _report(net: innersight.Network, digits: Digits) -> bytes:
+    """The viewer's page on one held-out image of each digit."""
+    from innersight.viewer.notebook import Page
+    from innersight.viewer.session import Session
+
+    labels = digits.test_labels.tolist()
+    shown = digits.test_images[[labels.index(k) for k in range(CLASSES)]]
+    return Page(Session([net], shown, title=f"A small CNN on {digits.name}")).content
 
 
 def _put(content: bytes, file: IO[bytes]) -> None:

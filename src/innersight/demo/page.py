@@ -244,5 +244,6 @@ def _page_next() -> str:
     return (
         "<h2>What one might do next</h2>\n" + _list(ideas) + _p("In this folder:")
         + f"<pre>{html.escape(commands)}</pre>\n"
+        + '<p><a href="report.html">Look around yourself</a>: every map of ten digits, with what each value sees.</p>\n'
         + _p("All numbers are in findings.json; weights.safetensors holds the network.", "note")
     )  # fmt: skip

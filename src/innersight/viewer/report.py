@@ -11,7 +11,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -79,13 +79,13 @@ def written(session: Session, methods: Sequence[str], limit: int, progress: Call
     fixed = dict(_fixed(session))
     manifest = session.manifest() | {"refused": refused}
     manifest |= {"reduced": [], "limit": limit}
-    kept, manifest["reduced"] = _fitted(session, limit - len(assembled(manifest, fixed)), progress)
-    room = limit - len(assembled(manifest, fixed | kept))
+    kept, manifest["reduced"] = _fitted(session, limit - len(assembled(manifest, fixed, session.overlays)), progress)
+    room = limit - len(assembled(manifest, fixed | kept, session.overlays))
     for name, chunk in _filters(session):
         if (cost := _cost(name, chunk)) <= room:
             fixed[name] = chunk
             room -= cost
-    content = assembled(manifest, fixed | kept)
+    content = assembled(manifest, fixed | kept, session.overlays)
     if len(content) > limit:
         raise errors.InputError(
             f"the report takes {len(content) / 1e6:.1f} MB even without maps, more than the {limit / 1e6:g} MB "
@@ -250,8 +250,8 @@ def _block(name: str, chunk: bytes) -> str:
             f"{base64.b64encode(chunk).decode()}</script>")  # fmt: skip
 
 
-def assembled(manifest: dict[str, Any], blocks: dict[str, bytes]) -> bytes:
-    """Page, data and all in one file."""
+def assembled(manifest: dict[str, Any], blocks: dict[str, bytes], overlays: Mapping[str, bytes] | None = None) -> bytes:
+    """Page, data and all in one file; overlays: saliency maps as pictures, for where no script runs."""
     imports = import_map(lambda file: _data("text/javascript", page(file)))
     start = 'import("#app").then((app) => app.start());'
     # Modules come from `data:` addresses; nothing else may run, and nothing may be fetched.
@@ -266,7 +266,7 @@ def assembled(manifest: dict[str, Any], blocks: dict[str, bytes]) -> bytes:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(manifest['title'])}</title>",
         f"<style>{page('style.css').decode()}</style></head>",
-        f'<body><div id="app">{_plain(manifest, blocks)}</div>',
+        f'<body><div id="app">{_plain(manifest, blocks, overlays or {})}</div>',
         f'<script type="importmap">{imports}</script>',
         f'<script type="application/json" id="manifest">{told}</script>',
         f'<script type="module">{start}</script>\n',
@@ -276,20 +276,28 @@ def assembled(manifest: dict[str, Any], blocks: dict[str, bytes]) -> bytes:
     return "\n".join(parts).encode()
 
 
-def _plain(manifest: dict[str, Any], blocks: dict[str, bytes]) -> str:
-    """What is shown without JavaScript: the pictures and what the networks say of them."""
+def _plain(manifest: dict[str, Any], blocks: dict[str, bytes], overlays: Mapping[str, bytes]) -> str:
+    """What is shown without JavaScript: the pictures, what the networks say of them, and what drove it."""
     parts = [f"<noscript><main><h1>{html.escape(manifest['title'])}</h1>",
-             "<p>Without JavaScript this page shows pictures and predictions alone.</p>"]  # fmt: skip
+             "<p>Without JavaScript this page shows pictures, predictions and saliency alone.</p>"]  # fmt: skip
     for one in manifest["inputs"]:
-        chunk = blocks.get(key("picture", one["id"]))
         parts.append(f"<h2>{html.escape(str(one['name']))}</h2>")
-        if chunk:
-            kind = "image/png" if chunk.startswith(b"\x89PNG") else "image/jpeg"
-            parts.append(f'<img alt="{html.escape(str(one["name"]))}" src="{_data(kind, chunk)}">')
+        if chunk := blocks.get(key("picture", one["id"])):
+            parts.append(_image(chunk, str(one["name"])))
         for net, said in zip(manifest["networks"], one["predictions"], strict=True):
             rows = "".join(
                 f"<tr><td>{html.escape(str(label))}</td><td>{'' if chance is None else f'{chance:.1%}'}</td></tr>"
                 for _, label, chance, _ in said["top"]
             )
             parts.append(f"<table><caption>{html.escape(net['name'])}</caption>{rows}</table>")
+        for entry in (e for e in manifest["saliency"] if e["input"] == one["id"] and e["key"] in overlays):
+            said = f"{entry['method']} for {entry['text']}, {entry['scale']['text']}"
+            parts.append(
+                f"<figure>{_image(overlays[entry['key']], said)}<figcaption>{html.escape(said)}</figcaption></figure>"
+            )
     return "".join([*parts, "</main></noscript>"])
+
+
+def _image(content: bytes, text: str) -> str:
+    kind = "image/png" if content.startswith(b"\x89PNG") else "image/jpeg"
+    return f'<img alt="{html.escape(text)}" src="{_data(kind, content)}">'

@@ -55,7 +55,7 @@ class Cancelled(Exception):
 
 @dataclass
 class Job:
-    """A saliency map on its way: what is done of it, and in the end its entry or why there is none."""
+    """Something that takes a while: what is done of it, and in the end what it came to, or why it did not."""
 
     run: Callable[[], dict[str, Any]]
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -159,20 +159,27 @@ class Viewer:
     async def start(self, request: Request) -> Response:
         from starlette.responses import JSONResponse
 
-        asked = await self.told(request, "network", "input", "method")
-        m, i = int(asked["network"]), int(asked["input"])
-        if not (0 <= m < len(self.session.networks) and 0 <= i < len(self.session.pictures)):
-            raise errors.InputError("there is no such network or picture")
-        target, against = (None if asked.get(k) in (None, -1) else asked[k] for k in ("target", "against"))
+        asked = await self.told(request, "kind", "network")
+        m = int(asked["network"])
+        if not 0 <= m < len(self.session.networks):
+            raise errors.InputError("there is no such network")
+        run = self._maximize(m, asked) if asked["kind"] == "maximize" else self._explain(m, asked)
         loop = asyncio.get_running_loop()
         number = f"{next(self.numbers)}"
-
-        def run() -> dict[str, Any]:
-            return self.session.explain(m, i, str(asked["method"]), target, against)
-
         job = self.jobs[number] = Job(run)
         self.worker.submit(self._work, job, self.session.networks[m], loop)
         return JSONResponse({"id": number}, status_code=202)
+
+    def _explain(self, m: int, asked: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        i, method = int(asked.get("input", -1)), str(asked.get("method", ""))
+        if not 0 <= i < len(self.session.pictures):
+            raise errors.InputError("there is no such picture")
+        target, against = (None if asked.get(k) in (None, -1) else asked[k] for k in ("target", "against"))
+        return lambda: self.session.explain(m, i, method, target, against)
+
+    def _maximize(self, m: int, asked: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        layer, channel = str(asked.get("layer", "")), int(asked.get("channel", -1))
+        return lambda: self.session.maximize(m, layer, channel)
 
     def _work(self, job: Job, net: Network, loop: asyncio.AbstractEventLoop) -> None:
         """Run one job in the thread of computation; its progress is told to whoever listens."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from innersight.results import Predictions, Saliency
 
 PICTURE_SIDE = 1024  # pictures are sent up to this many pixels a side
+OVERLAY_SIDE = 256  # and saliency maps over them, for where no script runs, up to this many
 THUMBNAIL = 28  # cells a side of a layer's thumbnail, at most
 KEPT = 256 << 20  # bytes of chunks that a session holds on to
 TOP = 5
@@ -51,6 +52,8 @@ class Session:
         self.title = title or " and ".join(n.name for n in networks)
         self.lock = threading.RLock()  # one question at a time: networks are watched as they run
         self.saliencies: list[dict[str, Any]] = []
+        self.overlays: dict[str, bytes] = {}  # by the key of a saliency map: it over its picture, to look at
+        self._maximized: dict[str, dict[str, Any]] = {}
         self._inputs: list[Inputs | None] = [None] * len(networks)
         self._predictions: list[Predictions | None] = [None] * len(networks)
         self._targets: list[list[int | None]] = [[] for _ in networks]
@@ -208,7 +211,7 @@ class Session:
         self._chunks[asked] = chunk
         size = sum(map(len, self._chunks.values()))
         # What can be made again goes first; saliency maps may have taken minutes and are small.
-        for old in [k for k in self._chunks if k != asked and not k.startswith("saliency/")]:
+        for old in [k for k in self._chunks if k != asked and not k.startswith(("saliency/", "maximized/"))]:
             if size <= KEPT:
                 break
             size -= len(self._chunks.pop(old))
@@ -321,13 +324,23 @@ class Session:
                 "options": dict(options or {}), **_about(made),
             }  # fmt: skip
             self._keep(name, chunks.pack(chunks.quantized(made.maps)))
+            self.overlays[name] = encoded(made.overlay()[0], OVERLAY_SIDE)
             self.saliencies.append(entry)
             return entry
+
+    def maximize(self, m: int, layer: str, channel: int) -> dict[str, Any]:
+        """The picture that a channel answers to most, found once; its key, and how far above chance it gets."""
+        with self.lock:
+            name = key("maximized", digest([m, layer, channel]))
+            if name not in self._maximized:
+                made = self.networks[m].maximize(layer, channel)
+                self._keep(name, encoded(made.images[0]))
+                self._maximized[name] = {"key": name, "verdict": _verdict(made.verdict)}
+            return self._maximized[name]
 
 
 def _about(made: Saliency) -> dict[str, Any]:
     scale = made.scale(0)
-    verdict = {k: (v[0] if isinstance(v, list) and v else v) for k, v in made.verdict.items()}
     return {
         "text": made.targets[0] if made.targets else "",
         "layer": made.provenance.layer,
@@ -335,7 +348,7 @@ def _about(made: Saliency) -> dict[str, Any]:
         "unit": made.unit,
         "grid": None if made.grid is None else list(made.grid),
         "scale": {"low": _number(scale.low), "high": _number(scale.high), "blank": scale.blank, "text": str(scale)},
-        "verdict": {k: _number(v) if isinstance(v, float) else v for k, v in verdict.items()},
+        "verdict": _verdict(made.verdict),
         "notes": list(made.provenance.notes),
     }
 
@@ -352,6 +365,12 @@ def _methods() -> list[dict[str, Any]]:
 
     return [{"name": m.name, "family": m.family, "passes": m.passes, "paper": m.paper, "about": m.summary,
              "signed": m.signed} for m in all_methods().values()]  # fmt: skip
+
+
+def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """A verdict on one picture, as JSON holds it."""
+    first = {k: v[0] if isinstance(v, list) and v else v for k, v in verdict.items()}
+    return {k: _number(v) if isinstance(v, float) else v for k, v in first.items()}
 
 
 def _layer(layer: Layer) -> dict[str, Any]:
@@ -377,10 +396,10 @@ def _number(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def encoded(image: Any) -> bytes:
-    """A picture as a browser shows it, no larger than it needs: PNG where it is small, else JPEG."""
+def encoded(image: Any, side: int = PICTURE_SIDE) -> bytes:
+    """A picture as a browser shows it, at most `side` pixels wide or high: PNG where it is small, else JPEG."""
     shown = image.copy() if image.mode in ("L", "RGB") else image.convert("RGB")
-    shown.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    shown.thumbnail((side, side))
     file = io.BytesIO()
     if max(shown.size) <= 128:
         shown.save(file, "PNG")

@@ -145,11 +145,12 @@ function pressed(event) {
   const { manifest } = source
   const names = manifest.networks[s.network].layers.map((l) => l.name)
   const layer = names.includes(s.layer) ? s.layer : views.layer?.layer?.name || names[0]
+  const size = s.size || views.layer?.size() || 72
   const actions = {
     j: () => set({ layer: step(names, layer, 1), channel: -1 }), k: () => set({ layer: step(names, layer, -1), channel: -1 }),
     '[': () => set({ input: Math.max(0, s.input - 1), target: -1, pixel: '' }), ']': () => set({ input: Math.min(manifest.inputs.length - 1, s.input + 1), target: -1, pixel: '' }),
     s: () => set({ sort: step(['rms', 'index', 'maximum', 'zeros', 'relevance', 'rms'], s.sort, 1) }), n: () => set({ scale: s.scale === 'layer' ? 'each' : 'layer' }),
-    '+': () => set({ size: Math.min(240, s.size + 16) }), '=': () => set({ size: Math.min(240, s.size + 16) }), '-': () => set({ size: Math.max(16, s.size - 16) }),
+    '+': () => set({ size: Math.min(240, size + 16) }), '=': () => set({ size: Math.min(240, size + 16) }), '-': () => set({ size: Math.max(16, size - 16) }),
     m: () => set({ style: { heat: 'spotlight', spotlight: 'map', map: 'heat' }[s.style] }),
     o: () => set({ opacity: Math.max(0, s.opacity - 0.1) }), p: () => set({ opacity: Math.min(1, s.opacity + 0.1) }),
     t: toggleTheme, '?': () => dialog.showModal(), c: () => navigator.clipboard?.writeText(location.href),

@@ -33,6 +33,17 @@ export class Grid {
     this.layout()
   }
 
+  // The largest size at which so many maps are all in sight; not so large that cells become a wall, nor too small to see.
+  best(count, [, height, width]) {
+    const [across, down] = [this.element.clientWidth - GAP, this.element.clientHeight - GAP]
+    const long = Math.max(height, width)
+    for (let size = Math.min(240, Math.max(64, 12 * long)); size > 48; size -= 4) {
+      const columns = Math.max(1, Math.floor(across / ((size * width) / long + GAP)))
+      if (Math.ceil(count / columns) * ((size * height) / long + LABEL + GAP) <= down) return size
+    }
+    return 48
+  }
+
   layout() {
     if (!this.maps) return
     const width = this.element.clientWidth

@@ -106,8 +106,13 @@ export class LayerView {
       select('sort', SORTS, s.sort, (sort) => set({ sort })),
       select('scale', [['layer', 'one for the layer'], ['each', 'each map its own']], s.scale, (scale) => set({ scale })),
       select('colors', [['auto', 'automatic'], ...Object.keys(this.source.manifest.colors).map((c) => [c, c])], s.colors, (colors) => set({ colors })),
-      slider('size', 16, 240, 4, s.size, (size) => set({ size })))
+      slider('size', 16, 240, 4, this.size(), (size) => set({ size })))
     this.reduced()
+  }
+
+  // Of a map, in pixels: what was chosen, or what fits.
+  size() {
+    return state().size || (this.maps ? this.grid.best(this.maps.low.length, this.maps.q.shape) : 72)
   }
 
   silent() {
@@ -138,7 +143,7 @@ export class LayerView {
     this.window = (p) => (s.scale === 'layer' ? whole : range(maps.low[p], maps.high[p], this.signed))
     this.colors = table(s.colors, this.signed)
     const caption = s.sort === 'index' || s.sort === 'rms' ? (p) => number(maps.high[p]) : (p) => number(numbers[this.names(p)])
-    this.grid.show({ maps, order: positions, window: this.window, colors: this.colors, size: s.size, picked: s.channel, names: (p) => this.names(p), caption })
+    this.grid.show({ maps, order: positions, window: this.window, colors: this.colors, size: this.size(), picked: s.channel, names: (p) => this.names(p), caption })
     this.grid.look(this.region())
     const shown = s.scale === 'layer' ? `${number(whole[0])} to ${number(whole[1])}` : 'each map from its own range, the number below it is its maximum'
     this.key = h('div.key', {}, bar(h('canvas'), whole, this.colors), h('span', {}, shown))
@@ -252,7 +257,36 @@ export class LayerView {
     return h('section.channel', { 'aria-label': `channel ${name}` }, h('h3', {}, `Channel ${name}`), canvas, value,
       h('div.key', {}, bar(h('canvas'), window, this.colors), h('span', {}, `${number(window[0])} to ${number(window[1])}`)),
       h('dl', {}, facts.map(([k, v]) => [h('dt', {}, k), h('dd', {}, number(v))]), h('dt', {}, 'zeros'), h('dd', {}, `${Math.round(100 * s.zeros[name])}%`)),
-      histogram(map), filters)
+      histogram(map), filters, this.source.live && this.layer.grid ? this.preferred(name) : null)
+  }
+
+  // What the channel answers to most, found on the server when it is asked for.
+  preferred(name) {
+    const { network } = state()
+    const layer = this.layer.name
+    const room = h('div')
+    const id = `${network}|${layer}|${name}`
+    this.found ||= new Map()
+    const shown = async (made) => {
+      const bitmap = await this.source.drawn(made.key)
+      const side = 240 / Math.max(bitmap.width, bitmap.height)
+      const canvas = h('canvas', { role: 'img', 'aria-label': `the picture that channel ${name} answers to most` })
+      const context = fit(canvas, bitmap.width * side, bitmap.height * side)
+      context.imageSmoothingEnabled = side < 2
+      context.drawImage(bitmap, 0, 0, bitmap.width * side, bitmap.height * side)
+      const rise = made.verdict.rise
+      fill(room, h('h4', {}, 'What maximises it'), canvas, rise === undefined ? null : h('p.quiet', {}, `${number(rise)} standard deviations above random pictures`))
+    }
+    const start = async () => {
+      try {
+        const made = await this.source.job({ kind: 'maximize', network, layer, channel: name }, (...parts) => fill(room, parts))
+        this.found.set(id, made)
+        await shown(made)
+      } catch (error) { fill(room, failure(error), h('button', { type: 'button', onclick: start }, 'try again')) }
+    }
+    if (this.found.has(id)) shown(this.found.get(id))
+    else fill(room, h('button.maximize', { type: 'button', onclick: start }, 'What maximises it'))
+    return room
   }
 
   async filters(name, element) {

@@ -26,6 +26,7 @@ export function thumbnail(source, network, input, layer, size = 40) {
   const canvas = h('canvas.thumb', { width: size, height: size, 'aria-hidden': 'true' })
   source.get(key('stats', network, input, layer.name)).then((s) => {
     const [height, width] = s.thumbnail.shape
+    if (height * width === 1) { canvas.classList.add('none'); return } // a vector has no picture
     const low = Math.min(...s.thumbnail)
     const high = Math.max(...s.thumbnail)
     const q = Uint8Array.from(s.thumbnail, (v) => (high > low ? Math.round((255 * (v - low)) / (high - low)) : 0))

@@ -119,19 +119,9 @@ export class SaliencyView {
       made.notes.length ? h('details', {}, h('summary', {}, 'how it was made'), h('ul', {}, made.notes.map((n) => h('li', {}, n)))) : null)
   }
 
-  // A job on the server; its progress is shown, leaving the view cancels it.
-  async compute(article, method, target, s) {
-    const job = await this.source.ask('jobs', { network: s.network, input: s.input, method, target, against: s.against })
-    if (job.entry) return job.entry
-    return new Promise((done, fail) => {
-      const events = new EventSource(`api/jobs/${job.id}/events`)
-      const line = h('progress', { max: 1, value: 0, 'aria-label': `computing ${method}` })
-      fill(article, h('h3', {}, method), line, h('button', { type: 'button', onclick: () => { events.close(); fail(new Error('cancelled')) } }, 'cancel'))
-      events.addEventListener('progress', (e) => { const { done: n, total } = JSON.parse(e.data); line.max = total; line.value = n })
-      events.addEventListener('done', (e) => { events.close(); done(JSON.parse(e.data)) })
-      events.addEventListener('failed', (e) => { events.close(); fail(new Error(JSON.parse(e.data).error)) })
-      events.onerror = () => { events.close(); fail(new Error('the server does not answer any more')) }
-    })
+  compute(article, method, target, s) {
+    return this.source.job({ kind: 'explain', network: s.network, input: s.input, method, target, against: s.against },
+      (...parts) => fill(article, h('h3', {}, method), parts))
   }
 }
 

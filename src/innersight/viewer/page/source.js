@@ -1,6 +1,7 @@
 // Where answers come from: written into this page (a report), or computed by the server that sent it (live).
 
 import { unpack } from '#codec'
+import { h } from '#dom'
 
 const KEPT = 256 * 1024 * 1024
 
@@ -54,6 +55,26 @@ class Source {
       this.pictures.set(index, this.raw(`picture/${index}`).then((bytes) => createImageBitmap(new Blob([bytes]))))
     }
     return this.pictures.get(index)
+  }
+
+  // Something that takes a while: `show` is handed a bar of progress and a button that ends it.
+  async job(asked, show) {
+    const { id } = await this.ask('jobs', asked)
+    return new Promise((done, fail) => {
+      const events = new EventSource(`api/jobs/${id}/events`)
+      const end = (f, value) => { events.close(); f(value) }
+      const line = h('progress', { max: 1, value: 0, 'aria-label': 'progress' })
+      show(line, h('button', { type: 'button', onclick: () => end(fail, new Error('cancelled')) }, 'cancel'))
+      events.addEventListener('progress', (e) => { const { done: n, total } = JSON.parse(e.data); line.max = total; line.value = n })
+      events.addEventListener('done', (e) => end(done, JSON.parse(e.data)))
+      events.addEventListener('failed', (e) => end(fail, new Error(JSON.parse(e.data).error)))
+      events.onerror = () => end(fail, new Error('the server does not answer any more'))
+    })
+  }
+
+  // Bytes of a key as a picture.
+  async drawn(key) {
+    return createImageBitmap(new Blob([await this.raw(key)]))
   }
 
   async ask(path, body) {

@@ -1,7 +1,7 @@
 // What is looked at, kept in the address, so that a view can be linked.
 
 const DEFAULTS = {
-  view: 'overview', network: 0, input: 0, layer: '', channel: -1, sort: 'rms', scale: 'layer', size: 72, target: -1,
+  view: 'overview', network: 0, input: 0, layer: '', channel: -1, sort: 'rms', scale: 'layer', size: 0, target: -1,
   against: -1, style: 'heat', opacity: 1, smooth: 0, colors: 'auto', filter: '', pixel: '',
 }
 const listeners = new Set()
