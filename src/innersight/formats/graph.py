@@ -157,7 +157,7 @@ class Graph(nn.Module):
                 return step.call(*given)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, OverflowError) as error:
+        except Exception as error:  # whatever a damaged file leads an operator to
             if isinstance(error, errors.InnersightError):
                 raise
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]

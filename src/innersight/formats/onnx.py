@@ -36,7 +36,7 @@ from innersight.formats.onnx_operators import (
 from innersight.formats.onnx_quantised import BUILDERS, PASSING, Built, Grid, behind, dequantised
 from innersight.preprocess import Preprocess
 
-MAX_TRIPS = 10_000
+MAX_TRIPS = 4096
 """Times that a Loop may go round."""
 MAX_COMPARED = 1 << 28
 """Bytes of a file up to which ONNX Runtime is asked on opening."""
@@ -44,6 +44,7 @@ MAX_COMPARED = 1 << 28
 _LOOSE = frozenset("NonZero Compress NonMaxSuppression Loop If Unique Range".split())
 _RANDOM = frozenset("RandomNormal RandomUniform RandomNormalLike RandomUniformLike Bernoulli Multinomial".split())
 _CONTROL = frozenset({"If", "Loop"})
+_ROUNDS = "rounds of loops\0"  # no name that a file can use for a value
 
 
 def open_onnx(source: Path | bytes | Any) -> Opened:
@@ -62,7 +63,7 @@ def open_onnx(source: Path | bytes | Any) -> Opened:
     picture = replace(picture, grid=plan.grids.get(picture.name))
     shape, output, more = _tried(graph, file, picture)
     notes += file.notes + plan.notes + more
-    fixed, batch_notes = _batches(graph, picture, shape, output)
+    fixed, batch_notes = _batches(graph, picture, shape, output, bool(plan.loose))
     notes += batch_notes
     preprocess, labels, told = _told(file, picture, shape)
     notes += told
@@ -163,7 +164,7 @@ def _tried(graph: Graph, file: File, picture: Picture) -> tuple[tuple[int, int, 
         if None in picture.sizes:
             notes.append(f"the file leaves its input's size open; {shape} is assumed, input_shape= says another")
         return shape, output, notes
-    said = (str(problem).strip().splitlines() or ["out of memory"])[0]
+    said = "not enough memory" if problem is None else _first_line(problem)
     raise errors.InputError(f"{file.name} cannot be run on its own input shape {tries[0]}: {said}") from problem
 
 
@@ -177,7 +178,6 @@ def _channels(file: File, name: str) -> int | None:
 
 def _limited_run(graph: Graph, x: torch.Tensor) -> tuple:
     """One run in which nothing grows beyond the limits; the outputs."""
-    most = limits.MAX_VALUE * len(x)
     held: dict[Any, int] = {}
 
     def watch(step: Step, made: dict[Any, Any], dead: Iterable[Any]) -> None:
@@ -187,21 +187,24 @@ def _limited_run(graph: Graph, x: torch.Tensor) -> tuple:
         if sum(held.values()) > limits.MAX_LIVE * len(x):
             raise errors.InputError(f"{step.kind} {step.name!r}: its values need more memory than is allowed here")
 
-    with torch.no_grad(), limits.Limited(most):
+    with torch.no_grad(), limits.Limited(limits.most(x)):
         values = graph.run(x, watch=watch)
     return tuple(values[k] for k in graph.outputs)
 
 
-def _batches(graph: Graph, picture: Picture, shape: tuple[int, ...], single: tuple) -> tuple[int | None, list[str]]:
+def _batches(
+    graph: Graph, picture: Picture, shape: tuple[int, ...], single: tuple, loose: bool
+) -> tuple[int | None, list[str]]:
     """The only batch size, if there is one, and what to say of it: two pictures together must be as each alone."""
     if picture.batch not in (None, 1):
         return picture.batch, [f"the file was written for batches of {picture.batch}, so pictures go through it so"]
     x = torch.cat([_noise(picture, shape), _noise(picture, shape, seed=1)])
+    run = (lambda v: dict(zip(graph.outputs, _limited_run(graph, v), strict=True))) if loose else graph.run
     written = "the file was written for one picture at a time" if picture.batch else "its answers depend on the batch"
     alone = [f"{written} and is run so"]
     try:
         with torch.no_grad():
-            second, both = graph.run(x[1:]), graph.run(x)
+            second, both = run(x[1:]), run(x)
     except Exception:
         return 1, alone
     for key, first in zip(graph.outputs, single, strict=True):
@@ -319,7 +322,13 @@ class Plan:
             self.grids[source] = self.grids[self.input] = found
         for n in nodes:
             n.batch = self.batch
-            self.add(n)
+            try:
+                self.add(n)
+            except errors.InnersightError as error:
+                raise type(error)(_in_file(error, self.file.name)) from error
+            except Exception as error:  # whatever inputs or attributes that make no sense lead to
+                said = _first_line(error)
+                raise errors.InputError(f"{n.op} {n.name!r} in {self.file.name} cannot be set up: {said}") from error
         for name in self.outputs:
             if name in self.constants:
                 self.used[name] = self.constants[name]
@@ -473,14 +482,8 @@ class Plan:
         self.steps.append(self.step(n, kind_shape, lasting))
 
     def fold(self, n: Node) -> None:
-        try:
-            with torch.no_grad(), limits.Limited(limits.MAX_CONSTANT):
-                made = _results(run(n, [self.constants[i] if i else None for i in n.inputs], self.constants))
-        except errors.InnersightError as error:
-            raise type(error)(f"{n.op} {n.name!r} in {self.file.name}: {error}") from error
-        except Exception as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise errors.InputError(f"{n.op} {n.name!r} in {self.file.name} cannot be computed: {said}") from error
+        with torch.no_grad(), limits.Limited(limits.MAX_CONSTANT):
+            made = _results(run(n, [self.constants[i] if i else None for i in n.inputs], self.constants))
         self.constants.update((name, value) for name, value in zip(n.outputs, made, strict=False) if name)
         if n.op == "DequantizeLinear":
             q, scale, zero = ([self.constants.get(i) for i in n.inputs] + [None])[:3]
@@ -530,6 +533,15 @@ class Plan:
         call = _call(n, given, places, beside, within, self.constants, raws)
         return Step(n.name, n.op, call, (*keys, *within), tuple(o or (n.name, i) for i, o in enumerate(n.outputs)),
                     seen=not unseen, lasting=lasting)  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _in_file(error: Exception, name: str) -> str:
+    said = str(error)
+    return said if name in said else f"{name}: {said}"
 
 
 def _between(have: Grid, wanted: Grid) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -611,11 +623,12 @@ def _call(n: Node, given: list[Any], places: list[int], beside: list[int], withi
         args = list(given)
         for p, v in zip(places, values, strict=True):
             args[p] = v
+        for p, grid in raws.items():
+            args[p] = grid.raw(args[p])
         for p in beside:
-            args[p] = constant(
-                args[p], next((v for q, v in zip(places, values, strict=True) if q not in beside), args[p])
-            )
-        return function(n, *args)
+            like = next((v for q, v in zip(places, values, strict=True) if q not in beside), args[p])
+            args[p] = constant(args[p], like)
+        return _made(n, function(n, *args))
 
     return call
 
@@ -666,8 +679,10 @@ def _loop(n: Node, args: Sequence[Any], outer: dict[str, Any]) -> Any:
     carried = list(args[2:])
     scans: list[list[torch.Tensor]] = [[] for _ in range(len(body.outputs) - 1 - len(carried))]
     trip = 0
+    rounds: list[int] = outer.setdefault(_ROUNDS, [0])  # of all loops around this one as well
     while going and (trips is None or trip < trips):
-        if trip >= MAX_TRIPS:
+        rounds[0] += 1
+        if rounds[0] > MAX_TRIPS:
             raise refuse(n, f"goes round more than {MAX_TRIPS} times")
         given = [torch.tensor(trip), torch.tensor(going), *carried]
         made = _body(body, dict(zip(body.inputs, given, strict=True)), outer)
@@ -730,7 +745,7 @@ def _compared(source: Any, file: File, picture: Picture, x: torch.Tensor, output
         answers = _session(bytes(model), folder).run(file.outputs, {picture.name: _fed(picture, x)})
         worst = max(difference(o.double().numpy(), a) for o, a in zip(output, answers, strict=True))
     except Exception as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = _first_line(error)
         return [f"ONNX Runtime could not run it, so its answers were not compared ({said[:120]})"]
     if worst == 0:
         return ["agrees with ONNX Runtime to the last bit"]

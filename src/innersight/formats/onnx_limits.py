@@ -12,19 +12,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from innersight import errors
-
-MAX_VALUE = 1 << 30
-"""Bytes that one value may take, for one picture."""
+MAX_VALUE = 1 << 29
+"""Bytes that one value may take, for one picture, ..."""
+MAX_GROWTH = 1024
+"""... unless that is more than so many times the input's bytes, and more than MIN_VALUE."""
+MIN_VALUE = 1 << 26
 MAX_CONSTANT = 1 << 28
 """Bytes that one constant may take which a file computes instead of holding it."""
-MAX_LIVE = 3 << 30
+MAX_LIVE = 1 << 31
 """Bytes of all values that wait for a reader, for one picture."""
-_SMALL = 1 << 20
+MAX_RUN = MAX_VALUE << 3
+"""Bytes that an operator which can make any size may ask for in a later run, of pictures of any size and number."""
 
 
 class Limited(TorchDispatchMode):
-    """Every operation is run on shapes alone first; one that would make too much raises InputError."""
+    """Every operation is run on shapes alone first; one that would make too much raises ValueError."""
 
     def __init__(self, most: int | None = None):
         super().__init__()
@@ -53,9 +55,15 @@ def _shape_of(t: torch.Tensor) -> torch.Tensor:
 
 def check(size: int, most: int) -> None:
     if size > most:
-        raise errors.InputError(
+        raise ValueError(
             f"it makes a value of {size / 2**20:,.0f} MiB, more than the {most / 2**20:,.0f} MiB allowed here"
         )
+
+
+def most(x: torch.Tensor) -> int:
+    """Bytes that one value may take in a run of these pictures."""
+    size = x[:1].numel() * x.element_size()
+    return len(x) * min(MAX_VALUE, MIN_VALUE + MAX_GROWTH * size)
 
 
 def live(values: Iterable[Any]) -> int:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from innersight import errors
+from innersight.formats import onnx_limits as limits
 
 Value = Any  # a tensor, or a list of numbers
 
@@ -75,6 +76,12 @@ def operator(*names: str, host: Sequence[int] = ()) -> Callable[[Operator], Oper
 
 def refuse(n: Node, why: str) -> errors.Unsupported:
     return errors.Unsupported(f"{n.op} {n.name!r} {why}")
+
+
+def allowed(shape: Sequence[int]) -> list[int]:
+    """The shape, unless it is more than a picture can need."""
+    limits.check(math.prod(shape) * 4, limits.MAX_RUN)
+    return list(shape)
 
 
 def numbers(value: Value) -> list:
@@ -458,6 +465,7 @@ def padded(x: torch.Tensor, before: Sequence[int], behind: Sequence[int], value:
     """x with a margin around its last dimensions."""
     if not any(before) and not any(behind):
         return x
+    allowed([side + p + q for side, p, q in zip(x.shape[-len(before) :], before, behind, strict=True)])
     pairs = [side for pair in zip(reversed(before), reversed(behind), strict=True) for side in pair]
     return F.pad(x, pairs, value=value)
 
@@ -1095,6 +1103,7 @@ def _tile(n: Node, x: torch.Tensor, repeats: Value, axis: Value = None) -> torch
     if n.opset < 6 and axis is not None:
         dim, times = ints(axis)[0], counts[0]
         counts = [times if i == dim else 1 for i in range(x.dim())]
+    allowed([side * count for side, count in zip(x.shape, counts, strict=True)])
     return x.repeat(counts)
 
 
@@ -1103,21 +1112,22 @@ def _expand(n: Node, x: torch.Tensor, shape: Value) -> torch.Tensor:
     to = ints(shape)
     if n.batch is not None and to and len(to) == x.dim() and to[0] == n.batch != x.shape[0]:
         to[0] = 1
-    return x.expand(torch.broadcast_shapes(x.shape, to))
+    return x.expand(allowed(torch.broadcast_shapes(x.shape, to)))
 
 
 @operator("ConstantOfShape", host=(0,))
 def _constant_of_shape(n: Node, shape: Value) -> torch.Tensor:
     value = n.get("value")
     if value is None:
-        return torch.zeros(ints(shape))
-    return torch.full(ints(shape), value.flatten()[0].item(), dtype=value.dtype)
+        return torch.zeros(allowed(ints(shape)))
+    return torch.full(allowed(ints(shape)), value.flatten()[0].item(), dtype=value.dtype)
 
 
 @operator("Range")
 def _range(_n: Node, start: torch.Tensor, end: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     a, b, s = (numbers(v)[0] for v in (start, end, step))
     count = max(math.ceil((b - a) / s), 0)
+    allowed([count])
     return torch.arange(count, device=start.device).to(start.dtype) * s + a
 
 
@@ -1261,6 +1271,7 @@ def _compress(n: Node, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor
 def _one_hot(n: Node, index: torch.Tensor, depth: Value, values: torch.Tensor) -> torch.Tensor:
     count, axis = int(numbers(depth)[0]), n.get("axis", -1)
     axis += index.dim() + 1 if axis < 0 else 0
+    allowed([*index.shape, count])
     classes = torch.arange(count, device=index.device).reshape(-1, *[1] * (index.dim() - axis))
     hit = _wrapped(index.long(), count).unsqueeze(axis) == classes
     return torch.where(hit, values[1], values[0])

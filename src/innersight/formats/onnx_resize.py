@@ -23,7 +23,7 @@ MAX_SIDE = 1 << 16
 
 def resize(n: Node, x: torch.Tensor, roi: Any, scales: Any, sizes: Any) -> torch.Tensor:
     """x with its axes resized; see the operator's specification for the attributes."""
-    from innersight.formats.onnx_operators import constant, ints, numbers, refuse
+    from innersight.formats.onnx_operators import allowed, constant, ints, numbers, refuse
 
     axes = [a % x.dim() for a in n.get("axes", range(x.dim()))]
     factors = None if scales is None else [float(v) for v in numbers(scales)]
@@ -53,6 +53,8 @@ def resize(n: Node, x: torch.Tensor, roi: Any, scales: Any, sizes: Any) -> torch
     if max(wanted) > max(MAX_SIDE, *x.shape) or min(wanted) < 0:
         raise refuse(n, f"makes a side of {max(wanted)} pixels, more than a picture can need")
     assert factors is not None
+    sides = dict(zip(axes, wanted, strict=True))
+    allowed([sides.get(i, side) for i, side in enumerate(x.shape)])
     mode = n.get("mode", b"nearest").decode()
     coordinates = n.get("coordinate_transformation_mode", b"half_pixel").decode()
     region = None
