@@ -19,7 +19,7 @@ from innersight.comparison import alignment
 from innersight.comparison.answers import Predicted, Reasons, _ranks
 from innersight.comparison.layers import decibel
 from innersight.results import Predictions
-from innersight.testing import left_as_found
+from innersight.testing import NETWORKS, left_as_found, small_network
 
 
 class Small(nn.Module):
@@ -216,6 +216,48 @@ def test_the_models_are_left_as_found(x):
     a, b = small(), small(1).train()
     with left_as_found(a), left_as_found(b):
         innersight.compare(a, b, x)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_all_kinds_are_compared(name):
+    """Tokens, channels-last layers, gates, several outputs."""
+    net = small_network(name)
+    x = torch.randn(2, *net.input_shape, generator=torch.Generator().manual_seed(0))
+    other = copy.deepcopy(net.module)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in other.parameters():
+            p += 1e-3 * torch.randn(p.shape, generator=generator)
+    c = innersight.compare(net, innersight.open(other, input_shape=net.input_shape), x)
+    assert all(r.a == r.b for r in c.layers.values())
+    assert len(c.layers) + len(c.only_a) == len(net.layers)
+    maps = net.maps(x, layers=list(c.layers))
+    for row in c.layers.values():
+        assert row.signal_a.sum() == pytest.approx(np.square(maps[row.a], dtype=np.float64).sum(), rel=1e-4)
+        assert row.sqnr > 25
+
+
+def test_what_is_not_shared_out_among_the_images_is_left_out():
+    class Finds(nn.Module):
+        """Answers, on the way, with as many rows as the picture has bright places."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+            self.fc = nn.Linear(2, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            rows = x[x > 0.9][:, None] * 2
+            return self.fc(y.mean((2, 3))) + 0 * rows.sum()
+
+    torch.manual_seed(0)
+    net = innersight.open(Finds().eval(), input_shape=(1, 8, 8))
+    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    c = innersight.compare(net, net, x, method=None)
+    assert all(r.equal for r in c.layers.values())
+    assert {"conv", "fc"} <= set(c.layers)
+    assert "not shared out among the images" in dict(c.only_a)["mul"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

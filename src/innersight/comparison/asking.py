@@ -198,6 +198,7 @@ class _Work:
         names_a = [p.a.name for p in aligned.pairs] + [p.name for p in left_a if p.shape in shapes[1]]
         names_b = [p.b.name for p in aligned.pairs] + [p.name for p in left_b if p.shape in shapes[0]]
         sample_a, sample_b = self._samples(names_a, names_b)
+        self._drop_odd(aligned)
         for pair in aligned.pairs:
             x, y = sample_a[pair.a.name], sample_b[pair.b.name]
             pair.match = alignment.same_values(x, y)
@@ -227,8 +228,10 @@ class _Work:
             part = rows[start : start + size]
             for side, names, kept in zip((self.a, self.b), (names_a, names_b), found, strict=True):
                 values, _ = side.values(part, names)
-                for name in dict.fromkeys(names):
-                    v = values[name].flatten(2) if values[name].dim() > 2 else values[name][:, :, None]
+                for name, value in values.items():
+                    if value is None:
+                        continue
+                    v = value.flatten(2) if value.dim() > 2 else value[:, :, None]
                     at = torch.linspace(0, v.shape[2] - 1, min(PLACES, v.shape[2])).round().long().to(v.device)
                     kept.setdefault(name, []).append(v[:, :, at].float().cpu().numpy())
             self.progress("aligning", start + len(part), len(rows))
@@ -236,7 +239,22 @@ class _Work:
             {n: np.concatenate(p).transpose(1, 0, 2).reshape(p[0].shape[1], -1) for n, p in kept.items()}
             for kept in found
         ]
+        for side, values_of in zip((self.a, self.b), joined, strict=True):
+            for name in side.odd & set(values_of):
+                del values_of[name]
         return joined[0], joined[1]
+
+    def _drop_odd(self, aligned: Alignment) -> None:
+        """Take out layers whose values turned out not to be shared out among the images, as boxes of a detector."""
+        aligned.pairs = [p for p in aligned.pairs if p.a.name not in self.a.odd and p.b.name not in self.b.odd]
+        for side, only, paired in (
+            (self.a, aligned.only_a, {p.a.name for p in aligned.pairs}),
+            (self.b, aligned.only_b, {p.b.name for p in aligned.pairs}),
+        ):
+            known = {name for name, _ in only} | paired
+            only += [(n, "its values are not shared out among the images") for n in sorted(side.odd - known)]
+            known |= side.odd
+            only += [(p.name, "its namesake is not comparable") for p in side.places() if p.name not in known]
 
     def _probed(self) -> list[int]:
         """The images that are looked at first: the same whichever order they come in."""
@@ -282,7 +300,7 @@ class _Work:
                 seen.add(n)
                 if n in there:
                     near[n] = None
-                else:
+                elif n in places:
                     stack += places[n].inputs
             found[name] = list(near)
         return found
@@ -294,11 +312,15 @@ class _Work:
         answers: list[list[np.ndarray]] = [[], []]
         for part, va, vb, oa, ob in self.chunks(range(self.a.count), aligned.pairs, "comparing"):
             for pair, s in zip(aligned.pairs, sums, strict=True):
-                s.add(part, va[pair.a.name], vb[pair.b.name])
+                x, y = va[pair.a.name], vb[pair.b.name]
+                if x is not None and y is not None:
+                    s.add(part, x, y)
             for side, output, rows in zip((self.a, self.b), (oa, ob), answers, strict=True):
                 if (scores := self._scores(side, output)) is not None:
                     rows.append(scores)
-        return sums, self._predicted(aligned, answers)
+        by_layer = {p.a.name: s for p, s in zip(aligned.pairs, sums, strict=True)}
+        self._drop_odd(aligned)
+        return [by_layer[p.a.name] for p in aligned.pairs], self._predicted(aligned, answers)
 
     def _sums(self, pair: Pair) -> Sums:
         steps = [

@@ -30,7 +30,7 @@ class Side:
     name: str
     count: int
     pictures: list[Picture] | None = None
-    notes: Sequence[str] = ()
+    odd: set[str]  # layers whose values are not shared out among the images
 
     def places(self) -> list[Place]:
         raise NotImplementedError
@@ -42,8 +42,11 @@ class Side:
         """How many images fit into one chunk that holds these layers."""
         return self.count
 
-    def values(self, rows: Sequence[int], names: Sequence[str]) -> tuple[dict[str, torch.Tensor], Any]:
-        """Layer -> (n, C, ...) for these images, and what the network answers to them (None for a dump)."""
+    def values(self, rows: Sequence[int], names: Sequence[str]) -> tuple[dict[str, torch.Tensor | None], Any]:
+        """Layer -> (n, C, ...) for these images, and what the network answers to them (None for a dump).
+
+        None for a layer whose values are not of these images alone.
+        """
         raise NotImplementedError
 
 
@@ -54,6 +57,8 @@ class Opened(Side):
         self.pictures = inputs.pictures
         self.table = net._layers_for(inputs.tensor[:1])
         self.recording = self.table._recording
+        self.shapes = {name: self._shape(self.table[name]) for name in self.table}
+        self.odd = {name for name, shape in self.shapes.items() if shape is None}
 
     def session(self) -> Any:
         return self.net.engine.session()
@@ -65,8 +70,9 @@ class Opened(Side):
         listed = {self.table[name].node.index: name for name in self.table}
         ends = {ref.node for ref in self.recording.outputs}
         return [
-            Place(name, self.table[name].kind, self._shape(self.table[name]), self._reads(i, listed), i in ends)
+            Place(name, self.table[name].kind, shape, self._reads(i, listed), i in ends)
             for i, name in listed.items()
+            if (shape := self.shapes[name]) is not None
         ]
 
     def _reads(self, index: int, listed: Mapping[int, str]) -> tuple[str, ...]:
@@ -81,25 +87,41 @@ class Opened(Side):
                 stack += self.recording.nodes[i].inputs
         return tuple(found)
 
-    def _shape(self, layer: Layer) -> tuple[int, ...]:
+    def _shape(self, layer: Layer) -> tuple[int, ...] | None:
         batch = max(self.recording.batch, 1)
-        return tuple(_first_axis(layer, torch.empty(layer.node.shape, device="meta"), batch).shape[1:])
+        value = _first_axis(layer, torch.empty(layer.node.shape, device="meta"), batch)
+        return None if value is None or 0 in value.shape else tuple(value.shape[1:])
 
-    def values(self, rows: Sequence[int], names: Sequence[str]) -> tuple[dict[str, torch.Tensor], Any]:
+    def values(self, rows: Sequence[int], names: Sequence[str]) -> tuple[dict[str, torch.Tensor | None], Any]:
         x = self.inputs.tensor[list(rows)]
         passed = self.net.engine.run(x, Request(read=list(names)))
-        found = {name: _first_axis(self.table[name], passed.values[name].detach(), len(rows)) for name in names}
+        found = {n: _first_axis(self.table[n], passed.values[n].detach(), len(rows)) for n in names}
+        for name, value in found.items():
+            if value is None or value.shape[1:] != self.shapes[name]:
+                found[name] = None
+                self.odd.add(name)
         return found, passed.output
 
 
-def _first_axis(layer: Layer, value: torch.Tensor, count: int) -> torch.Tensor:
-    """A layer's value with images first and channels second, without sides of length 1: (n, C, H, W), (n, C)."""
+def _first_axis(layer: Layer, value: torch.Tensor, count: int) -> torch.Tensor | None:
+    """A layer's value with images first and channels second, without sides of length 1: (n, C, H, W), (n, C).
+
+    None where its values are not shared out among the images, such as the boxes that a detector proposes.
+    """
     if layer.grid is not None:
         value = layer.to_grid(value)
-    elif value.shape[0] != count or value.dim() < 2:
-        value = value.reshape(count, -1)
-    elif layer.channel_axis > 1:
-        value = value.movedim(layer.channel_axis, 1)
+    else:
+        labels = () if layer.layout is None else layer.layout.labels
+        at = labels.index("n") if labels.count("n") == 1 else 0
+        if value.dim() > 1 and value.shape[at] == count:
+            channel = layer.channel_axis if layer.channel_axis != at else value.dim() - 1
+            value = value.movedim(at, 0).movedim(channel + (channel < at), 1)
+        elif at or value.numel() % count:
+            return None
+        else:
+            value = value.reshape(count, -1)
+    if value.shape[0] != count:
+        return None
     return value.flatten(1) if math.prod(value.shape[2:]) == 1 else value
 
 
@@ -125,6 +147,7 @@ class Dump(Side):
                 )
             if v.dtype.kind == "f" and not np.isfinite(v).all():
                 raise errors.InputError(f"{self.name}: {name!r} holds NaN or infinite values; dump it again")
+        self.odd = set()
         self.last = False  # whether the channels are the last axis
         self.steps: dict[str, Any] = {}  # how integers become real values
 
@@ -169,7 +192,7 @@ class Dump(Side):
             value = value[:, None]
         return value.flatten(1) if math.prod(value.shape[2:]) == 1 else value
 
-    def values(self, rows: Sequence[int], names: Sequence[str]) -> tuple[dict[str, torch.Tensor], Any]:
+    def values(self, rows: Sequence[int], names: Sequence[str]) -> tuple[dict[str, torch.Tensor | None], Any]:
         return {name: self._one(name, list(rows)) for name in names}, None
 
 
