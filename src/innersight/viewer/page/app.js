@@ -57,7 +57,7 @@ function layout(app) {
   fill(app, h('header.top', {}, h('h1', {}, manifest.title), h('span.badge', {}, source.live ? 'live' : 'report'), tabs, networks,
     h('button', { type: 'button', title: 'light or dark (t)', 'aria-label': 'light or dark', onclick: () => toggleTheme() }, '◐'),
     h('button', { type: 'button', title: 'keys (?)', 'aria-label': 'keys', onclick: () => dialog.showModal() }, '?')),
-  strip, root, h('footer', {}, `${manifest.generator}${manifest.reduced?.length ? ` · ${manifest.reduced.length} maps were made smaller or left out to fit ${(manifest.limit / 1e6).toFixed(0)} MB` : ''}`), dialog)
+  h('section', { 'aria-label': 'pictures' }, strip), root, h('footer', {}, `${manifest.generator}${manifest.reduced?.length ? ` · ${manifest.reduced.length} maps were made smaller or left out to fit ${(manifest.limit / 1e6).toFixed(0)} MB` : ''}`), dialog)
 }
 
 function toggleTheme() {

@@ -21,7 +21,7 @@ export class LayerView {
     this.tools = h('div.tools')
     this.heading = h('header')
     this.note = h('div')
-    this.inspector = h('aside.inspector')
+    this.inspector = h('aside.inspector', { tabIndex: 0, 'aria-label': 'picture and channel' })
     this.status = h('p.status', { 'aria-live': 'polite' })
     fill(root, h('div.three', {}, this.rail, h('section.main', { 'aria-label': 'feature maps' }, this.heading, this.tools, this.note, this.grid.element, this.status), this.inspector))
   }

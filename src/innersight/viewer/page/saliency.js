@@ -20,7 +20,7 @@ export class SaliencyView {
     this.errors = h('div')
     this.chosen = new Set(source.manifest.saliency.map((e) => e.method))
     if (source.live && !this.chosen.size) this.chosen = new Set(['gradcam', 'smoothgrad'])
-    fill(root, h('div.columns', {}, h('section', { 'aria-label': 'saliency maps' }, this.tools, this.errors, this.cards), this.side))
+    fill(root, h('div.columns', {}, h('section', { 'aria-label': 'saliency maps' }, h('h2', {}, 'What drove the decision'), this.tools, this.errors, this.cards), this.side))
   }
 
   async show() {
