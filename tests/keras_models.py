@@ -144,9 +144,8 @@ def cases() -> dict[str, tuple[tuple[int | None, ...], Make]]:
     case("open_size", lambda L, x: L.Conv2D(3, 3, strides=2, padding="same")(x), (None, None, 3))
     case("no_channel", lambda L, x: L.Dense(4)(L.Flatten()(x)), (11, 7))
     case("vector", lambda L, x: L.Dense(4)(L.Dense(6, activation="relu")(x)), (48,))
-    for kind, options in {"Conv2D": {"filters": 5}, "DepthwiseConv2D": {}}.items():
-        case(f"slash_{kind}", lambda L, x, kind=kind, options=options: getattr(L, kind)(
-            kernel_size=3, name="deep_conv", **options)(x))  # fmt: skip
+    case("slash", lambda L, x: L.DepthwiseConv2D(3, name="deep/depthwise" if "tf_keras" in L.__name__ else "deep")(
+        L.Conv2D(5, 3, name="deep/conv" if "tf_keras" in L.__name__ else "conv")(x)))  # fmt: skip
     return found
 
 
@@ -264,7 +263,7 @@ FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
 def application(keras: Any, name: str) -> Any:
     side, options = FAMILIES[name]
     return getattr(keras.applications, name)(
-        weights=None, input_shape=(side, side - 8 if side > 50 else side, 3), include_top=name[:3] != "VGG", **options
+        weights=None, input_shape=(side, side - 5 if side > 50 else side, 3), include_top=name[:3] != "VGG", **options
     )
 
 

