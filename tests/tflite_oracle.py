@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from innersight.formats import tflite, tflite_file
-from innersight.formats.tflite_operators import BACK
+from innersight.formats.tflite_values import BACK
 
 Read = Callable[[int], np.ndarray]
 

@@ -8,7 +8,8 @@ for uint8, which TFLite-Micro refuses; "litert" are LiteRT's reference kernels f
 but the real-valued twin, each value clamped to what its integers could hold: faster, with smoother gradients, a step or
 two beside the device. Gradients are the twin's in all three (straight-through).
 
-The file is read by `tflite_file`, operators are made by `tflite_operators`, the arithmetic is in `tflite_integers`.
+The file is read by `tflite_file`; operators are made by `tflite_windows`, `tflite_operators` and `tflite_moving`; the
+arithmetic is in `tflite_integers`.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from torch import Tensor
 
 from innersight import errors
 from innersight.errors import InputError, Unsupported
-from innersight.formats import Opened, Quantised, tflite_file, tflite_operators
+from innersight.formats import Opened, Quantised, tflite_file, tflite_moving, tflite_windows
 from innersight.formats.graph import Graph, Step
 from innersight.formats.tflite_file import Operator, TFLiteFile
-from innersight.formats.tflite_operators import MAKERS, TURN, Layer, Scale, Site, Value, as_scale
+from innersight.formats.tflite_operators import quantized_input
+from innersight.formats.tflite_values import MAKERS, TURN, Layer, Out, Scale, Site, Value, as_scale, dequantised
 from innersight.observe.passes import free_memory
 from innersight.preprocess import Preprocess
 
+OPERATORS = (tflite_windows, tflite_moving)  # whose import fills MAKERS; tflite_operators does, too
 ARITHMETIC = ("device", "litert", "float")
 MAX_INPUT = 1 << 25  # numbers of the input
 MAX_VALUE, MAX_VALUES = 1 << 27, 1 << 29  # numbers of one value, and of all, for one picture
@@ -219,7 +222,7 @@ class _Plan:
         if self.input_scale is None:
             return
         site = self._site(Operator(-1, "QUANTIZE", "", (record.index,), (record.index,), {}))
-        layer = tflite_operators.quantized_input(site, x, tflite_operators._Out(self.input_scale))
+        layer = quantized_input(site, x, Out(self.input_scale))
         made = Value(record.index, record, layer.call(x.sample), turned, self.input_scale)
         self._step("quantized_input", "QUANTIZE", layer, [made])
 
@@ -315,7 +318,7 @@ class _Plan:
         """Values are real numbers already; a constant (float16 weights) is made so once."""
         x, record = site.read(0), site.outputs[0]
         if x.constant:
-            value = Value(record.index, record, tflite_operators.dequantised(x), constant=True)
+            value = Value(record.index, record, dequantised(x), constant=True)
         else:
             value = Value(x.key, record, x.sample, x.turned)
         self.values[record.index] = value
