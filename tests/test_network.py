@@ -431,3 +431,11 @@ def test_an_empty_list_of_layers_or_methods_is_refused():
         net.explain(x, "gradcam", layer=[])
     with pytest.raises(errors.InputError, match="method= is empty"):
         net.explain(x, [])
+
+
+def test_a_notebook_shows_what_a_network_is():
+    net = small_network(next(iter(NETWORKS)))
+    net.notes.append("<chosen>")
+    shown = net._repr_html_()
+    assert all(name in shown for name in net.layers)
+    assert "&lt;chosen&gt;" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -105,6 +106,15 @@ class Network:
         shape = "x".join(map(str, self.input_shape)) if self.input_shape else "any"
         classes = f", {len(self.labels)} classes" if self.labels else ""
         return f"<Network {self.name}: input {shape}{classes}, on {self.device}>"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what it is, what was chosen for it, its layers, and where to look further."""
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        table = self.layers._repr_html_() if self.input_shape else ""
+        return (
+            f"<p><b>{html.escape(repr(self).strip('<>'))}</b></p><ul>{notes}</ul>{table}"
+            "<p><code>innersight.view(net, images)</code> shows what it does with pictures.</p>"
+        )
 
     # -- layers
 
