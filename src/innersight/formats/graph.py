@@ -121,11 +121,13 @@ class Graph(nn.Module):
         x: torch.Tensor,
         keep: bool = False,
         watch: Callable[[Step, dict[Key, Any], list[Key]], None] | None = None,
+        through: Callable[[Step, list[Any]], Any] | None = None,
     ) -> dict[Key, Any]:
         """The values of the outputs by key.
 
         keep:  every value, none let go of
         watch: called behind each step with what it made and the keys that nothing reads any more
+        through: runs each step, as `step` does, and may look at what it is given
         """
         values: dict[Key, Any] = {key: getattr(self, name) for key, name in self.attributes.items()}
         values[self.input] = x
@@ -134,7 +136,7 @@ class Graph(nn.Module):
         values.update(known or {})
         for step, dead in zip(self.steps, self.dead, strict=True):
             if not (step.lasting and known is not None):
-                made = self._run(step, [None if k is None else values[k] for k in step.inputs])
+                made = (through or self.step)(step, [None if k is None else values[k] for k in step.inputs])
                 made = dict(zip(step.outputs, made if len(step.outputs) > 1 else (made,), strict=True))
                 values.update(made)
                 if step.lasting:
@@ -149,7 +151,8 @@ class Graph(nn.Module):
             self.known[shape] = learning
         return values
 
-    def _run(self, step: Step, given: Iterable[Any]) -> Any:
+    def step(self, step: Step, given: Iterable[Any]) -> Any:
+        """What one step makes of what it reads."""
         try:
             if step.seen:
                 return call_as(step.name, step.call, *given, kind=step.kind)

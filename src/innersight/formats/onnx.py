@@ -10,7 +10,7 @@ is compared on opening; `agreement` compares every value of a file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from innersight.formats.onnx_operators import (
     refuse,
 )
 from innersight.formats.onnx_quantised import BUILDERS, PASSING, Built, Grid, behind, dequantised
+from innersight.formats.onnx_trial import limited_run, within
 from innersight.preprocess import Preprocess
 
 MAX_TRIPS = 4096
@@ -61,9 +62,9 @@ def open_onnx(source: Path | bytes | Any) -> Opened:
     plan = Plan(file, picture)
     graph = plan.graph()
     picture = replace(picture, grid=plan.grids.get(picture.name))
-    shape, output, more = _tried(graph, file, picture)
+    shape, output, more = _tried(graph, plan.nodes, file, picture)
     notes += file.notes + plan.notes + more
-    fixed, batch_notes = _batches(graph, picture, shape, output, bool(plan.loose))
+    fixed, batch_notes = _batches(graph, picture, shape, output, plan.nodes if plan.loose else None)
     notes += batch_notes
     preprocess, labels, told = _told(file, picture, shape)
     notes += told
@@ -141,7 +142,9 @@ def _noise(picture: Picture, shape: Sequence[int], count: int = 1, seed: int = 0
 _SIDES = (224, 32, 28, 64, 96, 128, 160, 192, 256, 299, 320, 384, 416, 512, 640)
 
 
-def _tried(graph: Graph, file: File, picture: Picture) -> tuple[tuple[int, int, int], tuple, list[str]]:
+def _tried(
+    graph: Graph, nodes: dict[str, Node], file: File, picture: Picture
+) -> tuple[tuple[int, int, int], tuple, list[str]]:
     """The input shape with which the file runs, what it answered, and what was assumed."""
     channels, height, width = picture.sizes
     notes = []
@@ -155,7 +158,7 @@ def _tried(graph: Graph, file: File, picture: Picture) -> tuple[tuple[int, int, 
     problem: Exception | None = None
     for shape in tries:
         try:
-            output = _limited_run(graph, _noise(picture, shape, count))
+            output = limited_run(graph, nodes, _noise(picture, shape, count))
         except errors.InnersightError as error:
             raise type(error)(f"{file.name} cannot be run: {error}") from error
         except (RuntimeError, MemoryError) as error:
@@ -176,30 +179,17 @@ def _channels(file: File, name: str) -> int | None:
     return None
 
 
-def _limited_run(graph: Graph, x: torch.Tensor) -> tuple:
-    """One run in which nothing grows beyond the limits; the outputs."""
-    held: dict[Any, int] = {}
-
-    def watch(step: Step, made: dict[Any, Any], dead: Iterable[Any]) -> None:
-        held.update((key, limits.live([value])) for key, value in made.items())
-        for key in dead:
-            held.pop(key, None)
-        if sum(held.values()) > limits.MAX_LIVE * len(x):
-            raise errors.InputError(f"{step.kind} {step.name!r}: its values need more memory than is allowed here")
-
-    with torch.no_grad(), limits.Limited(limits.most(x)):
-        values = graph.run(x, watch=watch)
-    return tuple(values[k] for k in graph.outputs)
-
-
 def _batches(
-    graph: Graph, picture: Picture, shape: tuple[int, ...], single: tuple, loose: bool
+    graph: Graph, picture: Picture, shape: tuple[int, ...], single: tuple, nodes: dict[str, Node] | None
 ) -> tuple[int | None, list[str]]:
     """The only batch size, if there is one, and what to say of it: two pictures together must be as each alone."""
     if picture.batch not in (None, 1):
         return picture.batch, [f"the file was written for batches of {picture.batch}, so pictures go through it so"]
     x = torch.cat([_noise(picture, shape), _noise(picture, shape, seed=1)])
-    run = (lambda v: dict(zip(graph.outputs, _limited_run(graph, v), strict=True))) if loose else graph.run
+
+    def run(x: torch.Tensor) -> dict[Any, Any]:
+        return graph.run(x) if nodes is None else dict(zip(graph.outputs, limited_run(graph, nodes, x), strict=True))
+
     written = "the file was written for one picture at a time" if picture.batch else "its answers depend on the batch"
     alone = [f"{written} and is run so"]
     try:
@@ -300,6 +290,7 @@ class Plan:
         self.on: dict[str, Grid] = {}  # of floats that a DequantizeLinear made
         self.held: dict[str, tuple[Any, Any, Any]] = {}  # weights: their integers, scales and zero points
         self.makers: dict[str, Node] = {}
+        self.nodes: dict[str, Node] = {}
         self.steps: list[Step] = []
         self.notes: list[str] = []
         self.quantised: dict[str, Quantised] = {}
@@ -468,11 +459,11 @@ class Plan:
         host = HOST.get(n.key, ())
         layers = [i for i in reads if i not in self.constants and i not in self.shapes]
         by_value = any(n.inputs[p] in layers for p in host if p < len(n.inputs) and n.inputs[p])
-        if n.op in _LOOSE or by_value or any(i in self.loose for i in reads):
+        if (n.op in _LOOSE and not kind_shape) or by_value or any(i in self.loose for i in reads):
             self.loose.update(filter(None, n.outputs))
         if kind_shape:
             self.shapes.update(filter(None, n.outputs))
-        self.makers[n.outputs[0]] = n
+        self.makers[n.outputs[0]] = self.nodes[n.name] = n
         if not kind_shape and (built := self.built(n)) is not None:
             self.add_built(n, built)
             return
@@ -482,8 +473,9 @@ class Plan:
         self.steps.append(self.step(n, kind_shape, lasting))
 
     def fold(self, n: Node) -> None:
-        with torch.no_grad(), limits.Limited(limits.MAX_CONSTANT):
-            made = _results(run(n, [self.constants[i] if i else None for i in n.inputs], self.constants))
+        given = [self.constants[i] if i else None for i in n.inputs]
+        with torch.no_grad():
+            made = _results(within(n, given, limits.MAX_CONSTANT, lambda: run(n, given, self.constants)))
         self.constants.update((name, value) for name, value in zip(n.outputs, made, strict=False) if name)
         if n.op == "DequantizeLinear":
             q, scale, zero = ([self.constants.get(i) for i in n.inputs] + [None])[:3]
@@ -779,7 +771,7 @@ def agreement(source: Path | bytes | Any, x: Any = None, optimised: bool = False
     graph = plan.graph()
     picture = replace(picture, grid=plan.grids.get(picture.name))
     if x is None:
-        shape, _output, _more = _tried(graph, file, picture)
+        shape, _output, _more = _tried(graph, plan.nodes, file, picture)
         x = _noise(picture, shape, picture.batch or 1)
     x = torch.as_tensor(x)
     ours = {name: np.asarray(plan.stored(name, value)) for name, value in observed(graph, x).items()}

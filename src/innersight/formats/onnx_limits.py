@@ -5,7 +5,9 @@ A few nodes are enough to ask for petabytes: Expand, Tile, Pad, Resize, Range, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,24 @@ MAX_LIVE = 1 << 31
 """Bytes of all values that wait for a reader, for one picture."""
 MAX_RUN = MAX_VALUE << 3
 """Bytes that an operator which can make any size may ask for in a later run, of pictures of any size and number."""
+
+
+_bound = threading.local()
+
+
+@contextmanager
+def strict(most: int) -> Iterator[None]:
+    """Within this, operators that can make any size may ask for so many bytes."""
+    before = bound()
+    _bound.most = most
+    try:
+        yield
+    finally:
+        _bound.most = before
+
+
+def bound() -> int:
+    return getattr(_bound, "most", MAX_RUN)
 
 
 class Limited(TorchDispatchMode):

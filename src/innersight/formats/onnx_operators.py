@@ -80,7 +80,7 @@ def refuse(n: Node, why: str) -> errors.Unsupported:
 
 def allowed(shape: Sequence[int]) -> list[int]:
     """The shape, unless it is more than a picture can need."""
-    limits.check(math.prod(shape) * 4, limits.MAX_RUN)
+    limits.check(math.prod(shape) * 4, limits.bound())
     return list(shape)
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from innersight.formats import Quantised
 from innersight.formats.graph import exact
-from innersight.formats.onnx_operators import CONTRIB, OPERATORS, Node, operator, refuse
+from innersight.formats.onnx_operators import CONTRIB, OPERATORS, Node, allowed, operator, refuse
 from innersight.formats.tflite_integers import EXACT, sums_are_exact
 
 Tensor = torch.Tensor
@@ -188,6 +188,7 @@ def _dequantise(n: Node, x: Tensor, scale: Tensor, zero: Any = None) -> Tensor:
     q = x if x.is_floating_point() else x.float()
     block, axis = n.get("block_size", 0), n.get("axis", 1)
     if block and scale.dim() == x.dim():
+        allowed([scale.numel(), block])
         parts: list[Any] = [t if t is None else t.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])
                  for t in (scale, zero)]  # fmt: skip
         return (q if parts[1] is None else q - parts[1]) * parts[0]
