@@ -218,13 +218,18 @@ def align(a: Sequence[Place], b: Sequence[Place]) -> Alignment:
     known = all(p.known for p in (*a, *b))  # of tensors by name nothing is folded into anything
     blocks_a, blocks_b = (_blocks(places) if known else [_Block([p]) for p in places] for places in (a, b))
     found: dict[int, tuple[int, str]] = {}  # block of a -> block of b, how
-    clashes: dict[str, str] = {}
-    _by_name(blocks_a, blocks_b, found, clashes)
+    why: dict[str, str] = {}  # layer without a counterpart -> the reason, where it is known
+    _by_name(blocks_a, blocks_b, found, why)
     _by_order(blocks_a, blocks_b, found)
     result = Alignment()
     for i, (j, how) in sorted(found.items()):
-        result.pairs += [p for p in _paired(blocks_a[i], blocks_b[j], how) if p.a.shape == p.b.shape]
-    _list_left(result, a, b, clashes)
+        pairs = [p for p in _paired(blocks_a[i], blocks_b[j], how) if p.a.shape == p.b.shape]
+        result.pairs += pairs
+        if pairs:
+            whole = pairs[0].b.name, pairs[0].a.name
+            for members, name, which in ((blocks_a[i].members, whole[0], "b"), (blocks_b[j].members, whole[1], "a")):
+                why |= {p.name: f"{which} computes it in one with {name}" for p in members if p.name not in why}
+    _list_left(result, a, b, why)
     return result
 
 

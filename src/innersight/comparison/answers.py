@@ -65,6 +65,11 @@ class Predicted:
         return self.top[0] == self.top[1]
 
     @property
+    def differ(self) -> list[int]:
+        """The images to which the two give different classes."""
+        return [int(i) for i in np.flatnonzero(~self.same)]
+
+    @property
     def agreement(self) -> float:
         """The share of images with the same answer."""
         return float(self.same.mean())

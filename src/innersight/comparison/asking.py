@@ -385,7 +385,7 @@ class _Work:
             for pair, s in zip(aligned.pairs, sums, strict=True):
                 if len(pair.a.shape) != 3:
                     continue
-                picked = s.worst(SHOWN)
+                picked = s.shown(SHOWN)
                 order = np.arange(pair.a.shape[0]) if pair.order is None else np.array(pair.order)
                 maps = [v[0].float().cpu().numpy() for v in (va[pair.a.name], vb[pair.b.name])]
                 found[pair.a.name] = (picked, maps[0][picked], maps[1][order[picked]])

@@ -29,6 +29,12 @@ def decibel(signal: Any, noise: Any) -> np.ndarray:
     return np.where(noise == 0, np.inf, ratio)
 
 
+def worst_first(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """The channels that have some share in the noise, a tenth of its mean or more, the least signal to noise first."""
+    matters = np.flatnonzero((noise > 0) & (noise >= 0.1 * noise.mean()))
+    return matters[np.lexsort((-noise[matters], decibel(signal[matters], noise[matters])))]
+
+
 def _cosine(product: Any, a: Any, b: Any, noise: Any) -> np.ndarray:
     """1 where values are equal, nan where one side is zero throughout."""
     product, a, b, noise = (np.asarray(v, float) for v in (product, a, b, noise))
@@ -141,10 +147,12 @@ class LayerComparison:
         return [int(c) for c in np.flatnonzero(self.low[k] == self.high[k])]
 
     def worst(self, count: int = 5) -> list[tuple[int, float]]:
-        """The channels with the least signal to noise that are not equal: (channel, dB)."""
+        """The channels with the least signal to noise, (channel, dB), of those with a tenth of the mean noise or more.
+
+        So a channel that hardly ever answers is not called the worst for a difference that does not matter.
+        """
         db = self.channel_sqnr
-        order = [int(c) for c in np.lexsort((-self.signal_a, db)) if np.isfinite(db[c]) or db[c] == -np.inf]
-        return [(c, float(db[c])) for c in order[:count]]
+        return [(int(c), float(db[c])) for c in worst_first(self.signal_a, self.noise)[:count]]
 
     def __repr__(self) -> str:
         name = self.a if self.a == self.b else f"{self.a} / {self.b}"
@@ -243,13 +251,21 @@ class LayerTable(Mapping[str, LayerComparison]):
 
 
 def _cells(r: LayerComparison) -> tuple[str, ...]:
-    saturated = [f"{which} {100 * s:.2g}%" for which, s in zip("ab", r.saturation, strict=True) if s]
+    saturated = [f"{which} {percent(s)}" for which, s in zip("ab", r.saturation, strict=True) if s]
     dead = [f"{which} {len(r.dead(which))}" for which in "ab" if r.dead(which)]
     worst = ", ".join(f"{c} ({db_text(v)})" for c, v in r.worst(3)) if r.shape[0] > 1 else ""
     return (
         r.a, "" if r.b == r.a else r.b, "x".join(map(str, r.shape)), db_text(r.sqnr), cosine_text(r.cosine),
         _range_text(r.range_a), _range_text(r.range_b), ", ".join(saturated), ", ".join(dead), worst, r.how,
     )  # fmt: skip
+
+
+def percent(share: float) -> str:
+    """
+    >>> percent(0.154), percent(0.00001)
+    ('15%', '<0.01%')
+    """
+    return f"{100 * share:.2g}%" if share >= 1e-4 else "<0.01%"
 
 
 def _range_text(ends: tuple[float, float]) -> str:
@@ -313,11 +329,11 @@ class Sums:
         signal, noise = self.by_image
         return noise / np.maximum(signal + noise, 1e-300)
 
-    def worst(self, count: int) -> np.ndarray:
-        """The channels with the least signal to noise; of equal ones those with most energy."""
-        db = decibel(self.aa, self.noise)
-        live = (self.aa > 0) | (self.bb > 0)
-        return np.lexsort((-self.aa, db, ~live))[:count]
+    def shown(self, count: int) -> np.ndarray:
+        """The channels to look at: the worst ones, then, of those that are equal, the ones with most energy."""
+        worst = worst_first(self.aa, self.noise)
+        rest = [c for c in np.argsort(-self.aa, kind="stable") if c not in worst]
+        return np.array([*worst, *rest][:count], int)
 
     def finish(self, pair: Pair, shown: Any) -> LayerComparison:
         return LayerComparison(
@@ -384,11 +400,10 @@ class Divergence:
         if low.equal:
             return f"{which} is equal in both, so the difference arises here or on the way from there"
         has = f"{which} has {db_text(low.sqnr)} dB"
-        if self.drop >= 10:
-            return f"{has}, so most of the difference arises here or on the way from there"
-        if self.drop > 0:
-            return f"{has}, so most of the difference comes from further up"
-        return f"{has}, no more, so the difference comes from further up"
+        if self.drop <= 0:
+            return f"{has}, no more, so the difference comes from further up"
+        new = 1 - 10 ** (-self.drop / 10)
+        return f"{has}: if noise were passed on as signal is, about {100 * new:.0f}% of it would be new here"
 
     def to_json(self) -> dict[str, Any]:
         return jsonable(

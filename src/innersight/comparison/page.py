@@ -32,7 +32,8 @@ table { border-collapse: collapse; font-size: .85rem; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem; border-bottom: 1px solid var(--line) }
 th { white-space: nowrap; background: var(--card) }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-td.name { font-family: ui-monospace, monospace; font-size: .8rem; overflow-wrap: anywhere; min-width: 9rem }
+td.name { font-family: ui-monospace, monospace; font-size: .8rem; overflow-wrap: anywhere; min-width: 12rem }
+td.short { white-space: nowrap }
 tr.mark td { background: var(--mark) }
 .note { color: var(--faint); font-size: .9rem }
 summary { cursor: pointer; margin: .4rem 0 }
@@ -40,6 +41,7 @@ summary { cursor: pointer; margin: .4rem 0 }
 
 DRAWN = 4  # layers whose maps are drawn
 LISTED = 300  # images
+_SHORT = ("shape", "range of a", "range of b", "saturated", "dead")  # cells that stay in one line
 
 
 def render(c: Any) -> str:
@@ -83,7 +85,7 @@ def _figure(figure: Figure, caption: str) -> str:
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str], names: Sequence[str],
           marked: Sequence[bool] = ()) -> str:  # fmt: skip
-    kinds = ["number" if h in numbers else "name" if h in names else "" for h in header]
+    kinds = ["number" if h in numbers else "name" if h in names else "short" if h in _SHORT else "" for h in header]
     head = "".join(
         f'<th scope="col"{f" class={k}" if k == "number" else ""}>{html.escape(h)}</th>'
         for h, k in zip(header, kinds, strict=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from innersight import errors, storage
 from innersight.comparison.alignment import family
 from innersight.comparison.answers import UNLIKE, Predicted, Reasons
-from innersight.comparison.layers import Divergence, LayerComparison, LayerTable, db_text, named
+from innersight.comparison.layers import Divergence, LayerComparison, LayerTable, db_text, named, percent
 from innersight.results import Provenance, Result
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Comparison(Result):
             worst = max(cut, key=lambda r: r.saturation[1] or 0)
             more = f", and 1% or more in {len(cut) - 1} others" if len(cut) > 1 else ""
             said.append(
-                f"In b, {100 * (worst.saturation[1] or 0):.2g}% of the values of {worst.b} lie at the ends of what it "
+                f"In b, {percent(worst.saturation[1] or 0)} of the values of {worst.b} lie at the ends of what it "
                 f"can represent{more}."
             )
         if moved := [r for r in rows if r.order is not None]:

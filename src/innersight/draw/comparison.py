@@ -138,7 +138,7 @@ def layer(c: Any, row: Any, *, scale: str = "each") -> Figure:
         name,
         "a and b on one scale" + (f", {of}" if len(channels) > 1 else ""),
         "b - a: red where b is higher, blue where it is lower, its own scale",
-        f"the {len(channels)} channels with least signal to noise of {row.shape[0]}" if len(channels) > 1 else "",
+        f"the {len(channels)} worst of {row.shape[0]} channels" if len(channels) > 1 else "",
     ]
     box, gap, caption, bar, side = 250, 30, 26, 42, 190
     total = 2 * plots.MARGIN + side + 3 * box + 2 * gap
@@ -149,14 +149,17 @@ def layer(c: Any, row: Any, *, scale: str = "each") -> Figure:
         one = shared or color.scale(both[k], signed=signed)
         apart = largest or color.scale(y - x, signed=True)
         panels = [(color.paint(v, s), s) for v, s in ((x, one), (y, one), (y - x, apart))]
-        panels = [(color.dead(*x.shape) if s.blank else p, s) for p, s in panels]
-        drawn.append([(plots.fit(p, box, box), s) for p, s in panels])
-    heights = [max(p.shape[0] for p, _ in panels) for panels in drawn]
+        fitted = [(plots.fit(p, box, box), s) for p, s in panels]
+        drawn.append([(color.dead(*p.shape[:2]) if s.blank else p, s) for p, s in fitted])
+    heights = [max(30, *(p.shape[0] for p, _ in panels)) for panels in drawn]
     sheet = plots.Sheet(total, top + caption + sum(h + bar + 14 for h in heights) + plots.MARGIN)
     sheet.heading(heading)
     for i, said in enumerate(("a", "b", "b - a")):
         sheet.text(plots.MARGIN + side + i * (box + gap), top, said, weight="bold")
     top += caption
+    picture = _small(c.pictures[c.shown_picture]) if c.pictures and heights[0] >= 200 else None
+    if picture is not None:
+        sheet.image(plots.MARGIN, top + 84, plots.fit(picture, side - 30, heights[0] - 90))
     db = row.channel_sqnr
     for k, (panels, height) in enumerate(zip(drawn, heights, strict=True)):
         channel = int(channels[k])
@@ -207,7 +210,9 @@ def reasons(c: Any) -> Figure:
         panels = [s._panel(0, which, "heat", None, 0) for s, which in ((a, "a"), (b, "b"))]
         said = ["", ""] if c.predictions is None else [c.predictions.label(k, i) for k in (0, 1)]
         panels = [plots.Panel(f"{p.caption}{says(p, t)}", p.pixels, p.scale) for p, t in zip(panels, said, strict=True)]
-        picture = np.asarray(_small(a.pictures[0]))
+        picture = _small(a.pictures[0])
+        if picture is None:
+            picture = np.full((32, 32, 3), 128, np.uint8)
         rows.append([plots.Panel(f"{a.pictures[0].name}: {alike}", picture), *panels])
     r = c.reasons
     notes = [
@@ -219,7 +224,11 @@ def reasons(c: Any) -> Figure:
     return plots.saliency(rows, title=f"Reasons by {r.method}{r._at()}", notes=notes)
 
 
-def _small(picture: Any) -> Any:
-    image = picture.display().convert("RGB")
+def _small(picture: Any) -> np.ndarray | None:
+    """The picture (H, W, 3) with at most 640 pixels a side; None if there is nothing to look at."""
+    try:
+        image = picture.display().convert("RGB")
+    except (errors.InputError, OSError):  # came without pixels, or its file has gone since
+        return None
     image.thumbnail((640, 640))
-    return image
+    return np.asarray(image)
