@@ -17,7 +17,7 @@ import numpy as np
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 warnings.filterwarnings("ignore")
-import {keras} as keras
+import keras
 L = keras.layers
 rng = np.random.default_rng(0)
 x = rng.normal(size=(2, 14, 11, 3)).astype("float32")
@@ -47,7 +47,7 @@ maps = net.maps(nchw(x), "prelu")["prelu"]
 before = net.predict(nchw(x)).logits
 model.set_weights([w * 0 for w in model.get_weights()])
 print(json.dumps({
-    "layers": list(net.layers), "notes": net.notes, "shape": net.input_shape,
+    "version": int(keras.__version__[0]), "layers": list(net.layers), "notes": net.notes, "shape": net.input_shape,
     "prelu": float(np.abs(maps - nchw(wanted[0])).max() / np.abs(wanted[0]).max()),
     "head": float(np.abs(before - wanted[1]).max()),
     "later": float(np.abs(net.predict(nchw(x)).logits - before).max()),
@@ -116,8 +116,14 @@ print(json.dumps(said(lambda: innersight.open(model))))
 """
 
 
-PROGRAMS = {"torch": (FUNCTIONAL, SUBCLASSED, WATCHED), "tensorflow": (FUNCTIONAL, SUBCLASSED, REFUSED),
-            "tf_keras": (FUNCTIONAL,)}  # fmt: skip
+OLD = """
+import tf_keras as keras
+L = keras.layers
+"""
+PROGRAMS = {
+    "torch": (COMMON, FUNCTIONAL, SUBCLASSED, WATCHED),
+    "tensorflow": (COMMON, FUNCTIONAL, SUBCLASSED, REFUSED, OLD, FUNCTIONAL),
+}
 
 
 @pytest.fixture(scope="module")
@@ -134,22 +140,20 @@ def results() -> Callable[[str], list[Any]]:
 
 
 def run(engine: str) -> list[Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if engine == "tf_keras":
-        environment["TF_USE_LEGACY_KERAS"] = "1"
-    else:
-        environment["KERAS_BACKEND"] = engine
-    program = COMMON.replace("{keras}", "tf_keras" if engine == "tf_keras" else "keras") + "".join(PROGRAMS[engine])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KERAS_BACKEND": engine}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+        [sys.executable, "-c", "".join(PROGRAMS[engine])],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", '"'))]
 
 
-@pytest.mark.parametrize("engine", PROGRAMS)
-def test_a_functional_model_of_any_engine(results: Callable[[str], list[Any]], engine: str) -> None:
-    found = results(engine)[0]
+@pytest.mark.parametrize(("engine", "which"), [("torch", 0), ("tensorflow", 0), ("tensorflow", 2)])
+def test_a_functional_model_of_any_engine(results: Callable[[str], list[Any]], engine: str, which: int) -> None:
+    """The third is tf.keras 2."""
+    found = results(engine)[which]
+    assert found["version"] == (2 if which else 3)
     assert found["prelu"] < 1e-5
     assert found["head"] < 1e-6
     assert found["later"] == 0  # a copy: what happens to the model afterwards is not seen
