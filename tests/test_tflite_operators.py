@@ -239,8 +239,8 @@ INTEGER: dict[str, tuple[Make, str]] = {  # and what is left out: kernels that r
         moved("STRIDED_SLICE", (1, 6, 4, 4), ints(0, 0, -1, 0), ints(1, 6, 0, 4), ints(1, 1, -1, 1), end=4), ""),
     "space to depth": (moved("SPACE_TO_DEPTH", (1, 3, 2, 16), block=2), ""),
     "depth to space": (moved("DEPTH_TO_SPACE", (1, 12, 8, 1), block=2), ""),
-    "space to batch": (
-        moved("SPACE_TO_BATCH_ND", (4, 4, 3, 4), ints(2, 2), np.array([[1, 1], [0, 2]], np.int32)), ""),
+    "space to batch": (  # TFLite-Micro does not initialise what it pads with
+        moved("SPACE_TO_BATCH_ND", (4, 4, 3, 4), ints(2, 2), np.array([[1, 1], [0, 2]], np.int32)), "micro"),
     "tile": (moved("TILE", (1, 12, 4, 12), ints(1, 2, 1, 3)), "micro"),
     "expand dims": (moved("EXPAND_DIMS", (1, 1, 6, 4, 4), np.int32(1)), ""),
     "gather": (moved("GATHER", (1, 6, 3, 4), ints(2, 0, 1), axis=2), ""),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -64,12 +63,8 @@ def computed(data: bytes, picture: np.ndarray, arithmetic: str) -> Computed:
         x = (x - plan.input_scale.zero) * plan.input_scale.step
     if plan.input_turned:
         x = x.permute(0, 3, 1, 2)
-    made: dict[Any, Any] = {key: getattr(graph, name) for key, name in graph.attributes.items()}
-    made["input"] = x
     with torch.no_grad(), tflite._exactly(x.device):
-        for step in graph.steps:
-            parts = graph._run(step, [None if k is None else made[k] for k in step.inputs])
-            made.update(zip(step.outputs, parts if len(step.outputs) > 1 else (parts,), strict=True))
+        made = graph.run(x, keep=True)
     values, dtypes = {}, {}
     for index, value in plan.values.items():
         if value.constant or value.key == "input" or not isinstance(made.get(value.key), torch.Tensor):

@@ -145,6 +145,7 @@ class _Plan:
         self.dtypes = {t.dtype for t in file.tensors if as_scale(t) is not None and t.data is None}
         self._refuse()
         self.names = _names(file)
+        self.scores = _scores(file)
         self.last = {i: op.index for op in file.operators for i in op.inputs}
         with torch.no_grad():
             self._input()
@@ -204,7 +205,8 @@ class _Plan:
         shape = record.shape
         if record.dtype not in ("float32", "int8", "uint8") or len(shape) < 2 or 0 in shape:
             raise Unsupported(f"{self.name} takes a {record.dtype} of shape {shape}, expected a picture")
-        turned = len(shape) == 4 and not (shape[1] in (1, 3) and shape[3] not in (1, 3))
+        first = len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3) and min(shape[2:]) > 3
+        turned = len(shape) == 4 and not first  # channels first: as some exporters from torch write their input
         if shape[0] != 1:
             self.fixed_batch = shape[0]
         asked = [shape[a] for a in TURN] if turned else list(shape)
@@ -262,7 +264,7 @@ class _Plan:
         scale = as_scale(outputs[0])
         micro = self.arithmetic == "device" and scale is not None and scale.dtype == "int8"
         inputs = [self._value(i) for i in op.inputs]
-        return Site(op, inputs, outputs, micro, self.whole, keep, self._room)
+        return Site(op, inputs, outputs, micro, self.whole, keep, self._room, op.index in self.scores)
 
     def _operators(self) -> int:
         """All up to the first that cannot be run because only its author knows it; the number of operators planned."""
@@ -337,7 +339,7 @@ class _Plan:
             self.quantisation[name] = Quantised((scale.step,), scale.zero, scale.dtype, lo, hi)
 
     def _stop_at(self, op: Operator) -> None:
-        if not self.steps:
+        if all(step.name == "quantized_input" for step in self.steps):
             raise self.error(op, "nothing before it can be shown, and its code is not in the file", Unsupported)
         self.notes.append(
             f"operators from {op.index} on are left out: {op.custom[:60]!r} is a custom operator, whose code is not in "
@@ -398,6 +400,22 @@ class _Plan:
             self.notes.append("the network takes one picture at a time")
 
 
+_ENDS = frozenset("SOFTMAX LOGISTIC RESHAPE SQUEEZE DEQUANTIZE QUANTIZE ARG_MAX".split())
+
+
+def _scores(file: TFLiteFile) -> set[int]:
+    """The operators that make the outputs, or what these are made of by a softmax and the like."""
+    maker = {i: op for op in file.operators for i in op.outputs}
+    found, waiting = set(), [maker[i] for i in file.outputs if i in maker]
+    while waiting:
+        op = waiting.pop()
+        if op.code in _ENDS:
+            waiting += [maker[i] for i in op.inputs[:1] if i in maker and maker[i].index < op.index]
+        else:
+            found.add(op.index)
+    return found
+
+
 def _with(call: Any, bound: list[Any]) -> Any:
     """The call with lists of numbers that are known in their places."""
 
@@ -426,8 +444,10 @@ _TRACED = re.compile(r"_te_transform|^input\.\d+|^\d+$|fuse_attr")
 def _names(file: TFLiteFile) -> dict[int, str]:
     """Operator -> a name as people know it, each once: operators have none, but their tensors do."""
     found = {op.index: _name(file, op) for op in file.operators if op.outputs}
-    scopes = {name.partition("/")[0] for name in found.values() if "/" in name}
-    scope = f"{scopes.pop()}/" if len(scopes) == 1 else ""  # of the whole network: "model/", "MobilenetV1/"
+    scopes = [name.partition("/")[0] for name in found.values() if "/" in name]
+    scope = (
+        f"{scopes[0]}/" if len(scopes) > 1 and len(set(scopes)) == 1 else ""
+    )  # of the whole network: "model/", "MobilenetV1/"
     names: dict[int, str] = {}
     used: dict[str, int] = {"input": 1, "quantized_input": 1}
     counts: dict[str, int] = {}

@@ -487,11 +487,10 @@ def _space_and_batch(site: Site) -> Layer:
         site.room((n, c, h + top + bottom, w + left + right))
         if (h + top + bottom) % b[0] or (w + left + right) % b[1]:
             raise InputError(f"blocks {blocks} do not fit {h}x{w}")
-        # TFLite-Micro fills with the integer 0, whatever the zero point is.
-        value = x.scale.real(0) if x.scale is not None and site.micro else 0.0
 
+        # (TFLite-Micro fills the padding with whatever its memory held; meant is the zero point.)
         def apart(x: Tensor) -> Tensor:
-            x = F.pad(turned_if(x, turn), (left, right, top, bottom), value=value)
+            x = F.pad(turned_if(x, turn), (left, right, top, bottom))
             n, c, h, w = x.shape
             parts = x.reshape(n, c, h // b[0], b[0], w // b[1], b[1]).permute(0, 3, 5, 1, 2, 4)
             return parts.reshape(n * count, c, h // b[0], w // b[1])

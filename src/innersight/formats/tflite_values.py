@@ -12,7 +12,7 @@ Four axes are kept as `(N, C, H, W)`, where the file has `(N, H, W, C)`: such a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,8 @@ class Site:
 
     micro: TFLite-Micro's kernels where they differ from LiteRT's reference kernels
     whole: whether integers are computed; otherwise the twin is the value
+    scores: whether the answers are made of its output alone; then its twin is not cut off at the ends of the range,
+           where a sure network would have no slope
     room:  (shape, multiplications): raises where a value of such a shape, or so much work, is beyond what is run here
     """
 
@@ -117,7 +119,7 @@ class Site:
     whole: bool
     keep: Callable[[str, Tensor], Value]
     room: Callable[..., None]
-    notes: list[str] = field(default_factory=list)
+    scores: bool = False
 
     @property
     def options(self) -> Mapping[str, Any]:

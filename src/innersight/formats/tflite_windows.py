@@ -196,16 +196,17 @@ def _linear_layer(site: Site, x: Value, weights: _Weights, product: Callable[...
 
         return Layer(real, [x, weights.real, weights.bias], turned)
     out = Out(site.scale, *bounds(site.scale, site.options["activation"]))
+    clamp = (lambda y: y) if site.scores and site.options["activation"] == 0 else out.twin
     if not site.whole:
 
         def twin(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return out.twin(product(x, weight, bias))
+            return clamp(product(x, weight, bias))
 
         return Layer(twin, [x, weights.real, weights.bias], turned, lo=out.lo, hi=out.hi)
     scale, limit, compute = x.scale, weights.limit, _Requantised(out, weights, dense and not site.micro, dense)
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None, whole: Tensor) -> Tensor:
-        y = out.twin(product(x, weight, bias))
+        y = clamp(product(x, weight, bias))
         sums = _summed(x, scale, whole, limit, lambda c, w: product(c, w, None))
         return exact(y, compute, sums)
 
