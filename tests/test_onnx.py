@@ -300,6 +300,16 @@ def test_labels_come_from_metadata_and_are_never_run() -> None:
     assert open_onnx(model).labels == ["cat", "dog"]
 
 
+def test_a_file_that_scales_its_pictures_itself_says_so() -> None:
+    weights = {**_conv(), "mean": np.full((1, 3, 1, 1), 120, np.float32)}
+    nodes = [node("Sub", ["x", "mean"], ["s"], name="center"), node("Conv", ["s", "w"], ["y"])]
+    model = build(nodes, [("x", 1, [1, 3, 8, 8])], ["y"], weights)
+    net = innersight.open(model)
+    assert net.preprocess is not None
+    assert net.preprocess.scale == 1.0
+    assert any("values 0..255 are assumed, since the file itself goes on with Sub 'center'" in n for n in net.notes)
+
+
 def test_integers_as_input_take_pixels() -> None:
     cast = node("Cast", ["x"], ["f"], to=1)
     model = build([cast, node("Conv", ["f", "w"], ["y"])], [("x", 2, [1, 3, 8, 8])], ["y"], _conv())

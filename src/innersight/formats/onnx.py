@@ -240,21 +240,53 @@ def _told(
         return None, labels, notes
     stated = Preprocess.for_shape(shape)
     said = {k.rpartition(".")[2]: v for k, v in file.metadata.items()}
-    wide = "255" in said.get("NominalPixelRange", "") or said.get("Image.NominalPixelRange") == "NominalRange_0_255"
-    order = "BGR" if said.get("BitmapPixelFormat", "").lower().startswith("bgr") and shape[0] == 3 else stated.channels
     if "BitmapPixelFormat" in said or "NominalPixelRange" in said:
-        stated = Preprocess(stated.size, channels=order, scale=1.0 if wide else 1 / 255)
+        bgr = said.get("BitmapPixelFormat", "").lower().startswith("bgr") and shape[0] == 3
+        wide = "255" in said.get("NominalPixelRange", "")
+        stated = replace(stated, channels="BGR" if bgr else stated.channels, scale=1.0 if wide else 1 / 255)
         notes.append(f"pictures are prepared as the file's metadata says: {stated.describe()}")
+        return stated, labels, notes
+    first, wide = _scaled_first(file, picture.name)
+    if picture.grid is not None:
+        stated, why = _of_grid(stated, picture.grid), "as its input's integers stand for"
     elif picture.type in _WHOLE:
-        low = _WHOLE[picture.type][0] if picture.type == 3 else 0
-        stated = Preprocess(stated.size, channels=stated.channels, scale=1.0, mean=(float(-low),))
-        notes.append(f"its input is whole numbers: {stated.describe()}; preprocess= says another")
+        low = -128.0 if picture.type == 3 else 0.0
+        stated, why = replace(stated, scale=1.0, mean=(-low,)), "since its input is whole numbers"
+    elif wide:
+        stated, why = replace(stated, scale=1.0), f"since the file itself goes on with {first}"
     else:
-        notes.append(
-            "the file does not say how its pictures are prepared; values 0..1 without mean and std are assumed, "
-            "preprocess= says another"
-        )
+        why = f"though the file itself goes on with {first}" if first else "without mean and std"
+    values = stated.describe().rpartition("; ")[2]
+    notes.append(
+        f"the file does not say how its pictures are prepared; {values} are assumed, {why}; preprocess= says another"
+    )
     return stated, labels, notes
+
+
+def _scaled_first(file: File, name: str) -> tuple[str, bool]:
+    """What shifts or scales the input first, if something does, and whether its numbers are those of pixels 0..255."""
+    names = {name}
+    for n in file.nodes:
+        if not names & set(n.inputs):
+            continue
+        if n.op in ("Identity", "Transpose", "Cast"):
+            names.add(n.outputs[0])
+            continue
+        by = [file.weights[i] for i in n.inputs if i in file.weights and file.weights[i].is_floating_point()]
+        if n.op not in ("Sub", "Add", "Mul", "Div") or not by or not by[0].numel():
+            return "", False
+        size = float(by[0].abs().max())
+        wide = size >= 16 if n.op in ("Sub", "Div", "Add") else size <= 1 / 16
+        return f"{n.op} {n.name!r}", wide
+    return "", False
+
+
+def _of_grid(stated: Preprocess, grid: Grid) -> Preprocess:
+    """Pictures for an input whose integers stand for 0..255, -1..1 or (by default) 0..1."""
+    low, high = (grid.step * (end - grid.null) for end in (grid.lo, grid.hi))
+    if high > 128:
+        return replace(stated, scale=1.0)
+    return replace(stated, scale=1 / 127.5, mean=(1.0,)) if low < -0.5 and high < 1.5 else stated
 
 
 def _labels(text: str) -> list[str] | None:

@@ -19,7 +19,7 @@ MAX_VALUE = 1 << 29
 MAX_GROWTH = 1024
 """... unless that is more than so many times the input's bytes, and more than MIN_VALUE."""
 MIN_VALUE = 1 << 26
-MAX_CONSTANT = 1 << 28
+MAX_CONSTANT = 1 << 29
 """Bytes that one constant may take which a file computes instead of holding it."""
 MAX_LIVE = 1 << 31
 """Bytes of all values that wait for a reader, for one picture."""

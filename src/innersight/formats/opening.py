@@ -39,7 +39,7 @@ def open_source(
     source:      torch.nn.Module (live, compiled, wrapped, scripted, traced), torch.export.ExportedProgram, any
                  function of a float32 array (N, C, H, W); "torchvision:NAME", "timm:NAME", "hf:NAME" or "hf:FOLDER";
                  a path to a TorchScript or exported program, to a Keras, ONNX or TFLite file, or to weights
-                 (.safetensors, .pth, ...) with `arch`; a keras.Model in memory
+                 (.safetensors, .pth, ...) with `arch`; a keras.Model or an onnx.ModelProto in memory
     arch:        what weights are for: "package.module:factory", "torchvision:NAME", "timm:NAME", a module, a class
     weights:     a file for a zoo's name or a module; "none" for an untrained network of a zoo
     labels:      class names in order, or by index, or a file of them (.txt a line each, .json)
@@ -97,6 +97,10 @@ def _opened(source: Any, arch: Any, weights: Any, device: Any, trust: bool, opti
 
         return open_keras(source, **_only(options, "custom", "a Keras model"))
     _only(options, "", "this source")
+    if type(source).__name__ == "ModelProto" and type(source).__module__.partition(".")[0] == "onnx":
+        from innersight.formats.onnx import open_onnx
+
+        return open_onnx(source)
 
     if isinstance(source, str) and source.partition(":")[0] in ZOOS and ":" in source:
         if arch is not None:
