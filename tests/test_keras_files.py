@@ -266,7 +266,7 @@ def test_weights_of_another_layer_are_noticed(tmp_path: Path) -> None:
 )
 def test_no_layer_can_ask_for_more_than_a_picture_needs(written: Callable[..., Path], entry: dict[str, Any]) -> None:
     net = innersight.open(written(chain(entry)))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="'big'"):
         net.predict(torch.zeros(1, 3, 8, 8))
 
 

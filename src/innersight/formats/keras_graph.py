@@ -536,9 +536,9 @@ class Assembly:
         args, kwargs = _arguments(layer, call)
         order = {ref: i for i, ref in enumerate(dict.fromkeys(refs_in((args, kwargs))))}
         names = [w for w, _ in weights]
-        step = _Run(apply, names, args, kwargs, order, count)
         if count > 64:
             raise InputError(f"{layer.kind} {name!r} would make {count} values")
+        step = _Run(f"{layer.kind} {name!r}", apply, names, args, kwargs, order, count)
         keys = [(name, k) for k in range(count)]
         inputs = (*(values[ref] for ref in order), *(key for _, key in weights))
         kind = layer.kind if layer.kind not in _LAMBDAS else _operation(_function(layer))
@@ -566,9 +566,11 @@ class Assembly:
         return apply, weights
 
     def _custom(self, layer: Layer, path: str) -> Apply:
-        made = self.custom[layer.kind](
-            dict(layer.config), [torch.from_numpy(np.array(a, copy=True)) for a in self.shelf.all_of(layer)]
-        )
+        weights = [torch.from_numpy(np.array(a, copy=True)) for a in self.shelf.all_of(layer)]
+        try:
+            made = self.custom[layer.kind](dict(layer.config), weights)
+        except Exception as error:
+            raise InputError(f"custom={{{layer.kind!r}: ...}} failed for {path!r}: {error!r}") from error
         if not isinstance(made, nn.Module):
             raise InputError(f"custom={{{layer.kind!r}: ...}} must return a torch.nn.Module, got {type(made).__name__}")
         made.eval()
@@ -661,35 +663,37 @@ def _arguments(layer: Layer, call: Call) -> tuple[list[Any], dict[str, Any]]:
 
 
 class _Run:
-    """One call of a layer: puts the values read where the arguments have Refs."""
+    """One call of a layer: puts the values read where its arguments have Refs, and its name before what goes wrong."""
 
-    def __init__(self, apply: Apply, names: list[str], args: Any, kwargs: Any, order: Mapping[Ref, int], count: int):
-        self.apply, self.names, self.args, self.kwargs, self.order, self.count = (
-            apply,
-            names,
-            args,
-            kwargs,
-            order,
-            count,
-        )
+    def __init__(self, title: str, apply: Apply, names: list[str], args: Any, kwargs: Any, order: Mapping[Ref, int],
+                 count: int):  # fmt: skip
+        self.title, self.apply, self.names, self.args, self.kwargs = title, apply, names, args, kwargs
+        self.order, self.count = order, count
+        plain = not kwargs and all(isinstance(a, Ref) for a in args)
+        self.places = [order[a] for a in args] if plain else None
 
     def __call__(self, *given: Any) -> Any:
         values = given[: len(self.order)]
         weights = dict(zip(self.names, given[len(self.order) :], strict=True))
-        like = next((v.tensor for v in values if isinstance(v, Value)), None)
-
-        def fill(tree: Any) -> Any:
-            if isinstance(tree, Ref):
-                return values[self.order[tree]]
-            if isinstance(tree, list):
-                return [fill(item) for item in tree]
-            if isinstance(tree, dict):
-                return {key: fill(item) for key, item in tree.items()}
-            if isinstance(tree, np.ndarray) and like is not None:
-                return Value(torch.from_numpy(tree.copy()).to(like))
-            return tree
-
-        made = self.apply(weights, *fill(self.args), **fill(self.kwargs))
+        try:
+            if self.places is not None:
+                made = self.apply(weights, *(values[i] for i in self.places))
+            else:
+                made = self.apply(weights, *self._fill(self.args, values), **self._fill(self.kwargs, values))
+        except (InputError, Unsupported) as error:
+            raise type(error)(f"{self.title}: {error}") from error
         if self.count == 1:
             return made[0] if isinstance(made, tuple) else made
         return made[: self.count]
+
+    def _fill(self, tree: Any, values: Sequence[Any]) -> Any:
+        if isinstance(tree, Ref):
+            return values[self.order[tree]]
+        if isinstance(tree, list):
+            return [self._fill(item, values) for item in tree]
+        if isinstance(tree, dict):
+            return {key: self._fill(item, values) for key, item in tree.items()}
+        if isinstance(tree, np.ndarray):
+            like = next(v.tensor for v in values if isinstance(v, Value))
+            return Value(torch.from_numpy(tree.copy()).to(like))
+        return tree

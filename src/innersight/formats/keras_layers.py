@@ -28,7 +28,7 @@ MAX_VALUE = 1 << 29
 def allow(shape: Sequence[int]) -> None:
     """Raises InputError for a value (N, ...) that is larger than any network's."""
     if math.prod(shape[1:]) > MAX_VALUE:
-        raise InputError(f"a layer would make a value of shape {tuple(shape)}, larger than networks of pictures need")
+        raise InputError(f"it would make a value of shape {tuple(shape)}, larger than networks of pictures need")
 
 
 @dataclass(frozen=True)
@@ -619,7 +619,7 @@ def center_crop(b: Build) -> Apply:
     def apply(_: Weights, v: Value) -> Value:
         x = look(v)
         if x.shape[2] < height or x.shape[3] < width:
-            raise Unsupported(f"CenterCrop to {height}x{width} of a smaller picture is not known here")
+            raise Unsupported(f"a crop to {height}x{width} of a smaller picture is not known here")
         return Value(_center(x, height, width), moved)
 
     return apply
@@ -740,7 +740,7 @@ def group_norm(b: Build) -> Apply:
         if axis % v.rank == v.rank - 1:
             v = Value(channels_first(v), v.rank > 2)
         elif v.moved or axis % v.rank != 1:
-            raise Unsupported(f"GroupNormalization over axis {axis} is not known here; expected the channels")
+            raise Unsupported(f"groups over axis {axis} are not known here; expected the channels")
         x = v.tensor
         many = x.shape[1] if groups == -1 else groups
         return Value(F.group_norm(x, many, w.get("gamma"), w.get("beta"), epsilon), v.moved)
@@ -873,7 +873,7 @@ def softmax(b: Build) -> Apply:
 
     def apply(_: Weights, v: Value, mask: Any = None) -> Value:
         if mask is not None:
-            raise Unsupported("Softmax with a mask is not known here")
+            raise Unsupported("a mask is not known here")
         return fn(v)
 
     return apply
@@ -1008,9 +1008,9 @@ def attention(b: Build) -> Apply:
               query_mask: Any = None, value_mask: Any = None, key_mask: Any = None) -> Value:  # fmt: skip
         value = query if value is None else value
         if return_attention_scores or any(m is not None for m in (attention_mask, query_mask, value_mask, key_mask)):
-            raise Unsupported(f"MultiHeadAttention {b.name!r} is called with a mask or for its scores: not known here")
+            raise Unsupported("a mask, or scores handed out, are not known here")
         if axes is not None and sorted(a % query.rank for a in axes) != list(range(1, query.rank - 1)):
-            raise Unsupported(f"MultiHeadAttention {b.name!r} attends over axes {axes} alone, which is not known here")
+            raise Unsupported(f"attention over axes {axes} alone is not known here")
         q, k, v = (
             split(F.linear(x.reshape(x.shape[0], -1, x.shape[-1]), w[f"{part}/kernel"], w.get(f"{part}/bias")))
             for part, x in (
