@@ -500,6 +500,14 @@ def test_saturation_is_the_share_of_values_at_the_ends(x):
     assert c.layers["conv2"].saturation == (None, None)
 
 
+def test_what_a_device_dumps_beside_is_listed_and_left_out(x):
+    net = opened(small())
+    maps = dict(net.maps(x, layers=["conv1", "fc"]))
+    c = innersight.compare(net, {**maps, "conv1/weights": np.zeros((8, 3, 3, 3)), "version": np.array(3)}, x)
+    assert all(r.equal for r in c.layers.values())
+    assert dict(c.only_b)["conv1/weights"] == "its shape is 8x3x3x3, and there are 5 images"
+
+
 def test_bad_dumps_get_a_sentence(tmp_path, x):
     net = opened(small())
     good = innersight.dump(net, x, tmp_path / "good.npz")
@@ -508,7 +516,7 @@ def test_bad_dumps_get_a_sentence(tmp_path, x):
     for source, said in [
         (bad, "is no .npz file|is broken"),
         (tmp_path / "none.npz", "there is no file"),
-        ({"conv1": np.zeros((3, 8, 16, 16))}, "so of 3 images; expected 5"),
+        ({"conv1": np.zeros((3, 8, 16, 16))}, "its shape is 3x8x16x16, and there are 5 images"),
         ({"conv1": np.full((5, 8, 16, 16), np.nan)}, "holds NaN"),
         ({"conv1": np.array(["a"] * 5)}, "holds no array of numbers"),
         ({}, "holds no array of numbers"),
@@ -738,6 +746,15 @@ def test_bad_words_are_refused(noisy, x):
         innersight.compare(a, b, x, layers=[])
     with pytest.raises(errors.UnknownName, match="class"):
         innersight.compare(a, b, x, target=99)
+
+
+def test_both_networks_see_the_same_images_of_a_loader_that_shuffles(x):
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.arange(5)), batch_size=2, shuffle=True)
+    a, b = opened(small()), opened(small(), preprocess={"mean": (0.1, 0.1, 0.1)})  # so that they are read twice
+    for images in (loader, (batch for batch, _ in loader)):
+        c = innersight.compare(a, b, images, method=None)
+        assert c.inputs_sqnr == math.inf
+        assert all(r.equal for r in c.layers.values())
 
 
 def test_progress_is_told(noisy, x):

@@ -1,6 +1,8 @@
 """Comparing real files: float against int8, and one network in two formats; and the command line."""
 
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -80,6 +82,47 @@ def test_integers_dumped_by_a_device_agree_with_the_host(resnet8, tmp_path):
     assert low.a == "conv2d_3"
     assert low.worst(1)[0][0] == 5
     assert low.largest == pytest.approx(9 * b.quantisation["conv2d_3"].scale[0], rel=1e-4)
+
+
+ANOTHER_RUNTIME = """
+import sys
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+model, inputs, out = sys.argv[1:]
+runs = Interpreter(model, experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
+                   experimental_preserve_all_tensors=True)
+runs.allocate_tensors()
+found = {}
+for x in np.load(inputs):
+    runs.set_tensor(runs.get_input_details()[0]["index"], x[None])
+    runs.invoke()
+    for tensor in runs.get_tensor_details():
+        try:
+            found.setdefault(tensor["name"], []).append(runs.get_tensor(tensor["index"]).copy())
+        except ValueError:
+            pass
+np.savez(out, **{k: np.concatenate(v) if v[0].ndim and len(v[0]) == 1 else v[0] for k, v in found.items()})
+"""
+
+
+def test_all_tensors_of_another_runtime_are_found_by_their_names_and_equal(shared_data, resnet8, tmp_path):
+    """LiteRT's reference kernels: int8, channels last, TFLite's own names, weights and biases among them."""
+    pytest.importorskip("ai_edge_litert")
+    _, _, pictures, _ = resnet8
+    file = shared_data("tflite", "pretrainedResnet_quant.tflite")
+    pixels = np.stack([np.asarray(Image.open(p).convert("RGB")) for p in pictures[:5]])
+    np.save(tmp_path / "x.npy", (pixels.astype(int) - 128).astype(np.int8))
+    args = [sys.executable, "-c", ANOTHER_RUNTIME, str(file), str(tmp_path / "x.npy"), str(tmp_path / "other.npz")]
+    subprocess.run(args, check=True, capture_output=True)
+    net = innersight.open(file, arithmetic="litert")
+    c = innersight.compare(net, tmp_path / "other.npz", pictures[:5])
+    assert list(c.layers) == list(net.layers)
+    assert all(row.equal for row in c.layers.values())
+    assert c.layers["conv2d"].b.startswith("model/activation/Relu;model/batch_normalization/FusedBatchNormV3;")
+    assert c.predictions.agreement == 1
+    assert dict(c.only_b)["model/conv2d/Conv2D"] == "its shape is 16x3x3x3, and there are 5 images"
+    assert max(map(len, str(c.layers).splitlines())) < 300  # names are shortened in the table
 
 
 def test_a_keras_file_and_its_tflite_file_differ_by_rounding(shared_data):

@@ -106,7 +106,7 @@ class Alignment:
 # What exporters append to say which operation of a layer it is. Without it the layer's own name is left.
 _OPERATION = re.compile(
     r"(conv2d|conv|conv2d_fold|depthwise|depthwise_fold|biasadd|fusedbatchnormv3|batchnorm|batchnormalization|matmul|gemm"
-    r"|relu6?|add_fold|clip|avgpool|maxpool|averagepool|globalaveragepool|mean|softmax|convolution|readvariableop)(_\d+)?"
+    r"|relu6?|add_fold|clip|avgpool|maxpool|averagepool|globalaveragepool|mean|softmax|convolution|readvariableop|resource|activation)(_\d+)?"
 )
 _WRAPPER = re.compile(
     r"statefulpartitionedcall(_\d+)?|model(_\d+)?|functional(_\d+)?|sequential(_\d+)?|main|module|net"
@@ -118,25 +118,25 @@ def spellings(name: str) -> list[str]:
 
     >>> spellings("/layer1/layer1.0/conv1/Conv")
     ['/layer1/layer1.0/conv1/Conv', 'layer1.0.conv1.conv', 'layer1.0.conv1']
-    >>> spellings("model/conv2d/Conv2D;model/re_lu/Relu")
-    ['model/conv2d/Conv2D;model/re_lu/Relu', 'model.conv2d.conv2d', 'conv2d.conv2d', 'conv2d', 'model.re_lu.relu', \
-'re_lu.relu', 're_lu']
+    >>> spellings("model/conv1/Conv2D;model/re_lu/Relu")[1:]
+    ['model.conv1.conv2d', 'conv1.conv2d', 'conv1', 'model.re_lu.relu', 're_lu.relu', 're_lu']
     """
     found = [name]
     for part in name.split(";"):
+        path = [word for word in re.sub(r":\d+$", "", part.strip()).lower().split("/") if word]
+        if len(path) > 1 and _WRAPPER.fullmatch(path[0]):
+            found.append(".".join(path))
+            path = path[1:]
         words: list[str] = []
-        for word in filter(None, re.sub(r":\d+$", "", part.strip()).lower().split("/")):
+        for word in path:
             if words and (word == words[-1] or word.startswith(words[-1] + ".")):
                 words[-1] = word  # ONNX: a module below the path of the module it is in
-            elif not _WRAPPER.fullmatch(word) or words or "/" not in part:
-                words.append(word)
             else:
-                found.append(".".join(filter(None, part.strip().lower().split("/"))))
+                words.append(word)
         found.append(".".join(words))
         while len(words) > 1 and (operation := _OPERATION.fullmatch(words[-1])):
             words = words[:-1]
-            found.append(".".join(words) + (operation[2] or ""))
-            found.append(".".join(words))
+            found += [".".join(words) + (operation[2] or ""), ".".join(words)]
     return [s for s in dict.fromkeys(found) if s]
 
 

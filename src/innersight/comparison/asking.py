@@ -74,6 +74,7 @@ def compare(
         for side in (side_a, side_b):
             stack.enter_context(side.session())
         aligned = alignment.align(side_a.places(), side_b.places())
+        work.scale(aligned)
         work.refine(aligned, reorder=channels == "match")
         work.pick(aligned, layers)
         sums, predicted = work.measure(aligned)
@@ -190,6 +191,13 @@ class _Work:
 
     # -- alignment by values
 
+    def scale(self, aligned: Alignment) -> None:
+        """Make the integers of a dump real, by what their counterparts state."""
+        if isinstance(self.a, Dump):
+            self.a.scale(self.b, {p.a.name: p.b.name for p in aligned.pairs}, self.notes)
+        if isinstance(self.b, Dump):
+            self.b.scale(self.a, {p.b.name: p.a.name for p in aligned.pairs}, self.notes)
+
     def refine(self, aligned: Alignment, reorder: bool) -> None:
         """Look at a sample of values: are channels in another order, does a name mislead, what is left?"""
         left_a = self._left(self.a, aligned.only_a)
@@ -240,7 +248,7 @@ class _Work:
             for kept in found
         ]
         for side, values_of in zip((self.a, self.b), joined, strict=True):
-            for name in side.odd & set(values_of):
+            for name in set(side.odd) & set(values_of):
                 del values_of[name]
         return joined[0], joined[1]
 
@@ -252,8 +260,8 @@ class _Work:
             (self.b, aligned.only_b, {p.b.name for p in aligned.pairs}),
         ):
             known = {name for name, _ in only} | paired
-            only += [(n, "its values are not shared out among the images") for n in sorted(side.odd - known)]
-            known |= side.odd
+            only += [(n, why) for n, why in side.odd.items() if n not in known]
+            known |= set(side.odd)
             only += [(p.name, "its namesake is not comparable") for p in side.places() if p.name not in known]
 
     def _probed(self) -> list[int]:

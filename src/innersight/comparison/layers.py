@@ -255,9 +255,19 @@ def _cells(r: LayerComparison) -> tuple[str, ...]:
     dead = [f"{which} {len(r.dead(which))}" for which in "ab" if r.dead(which)]
     worst = ", ".join(f"{c} ({db_text(v)})" for c, v in r.worst(3)) if r.shape[0] > 1 else ""
     return (
-        r.a, "" if r.b == r.a else r.b, "x".join(map(str, r.shape)), db_text(r.sqnr), cosine_text(r.cosine),
-        _range_text(r.range_a), _range_text(r.range_b), ", ".join(saturated), ", ".join(dead), worst, r.how,
+        short(r.a), "" if r.b == r.a else short(r.b), "x".join(map(str, r.shape)), db_text(r.sqnr),
+        cosine_text(r.cosine), _range_text(r.range_a), _range_text(r.range_b), ", ".join(saturated), ", ".join(dead),
+        worst, r.how,
     )  # fmt: skip
+
+
+def short(name: str, room: int = 48) -> str:
+    """A name for a table: of TFLite's, thirty to two hundred letters long, the beginning and the end.
+
+    >>> short("model/activation/Relu;model/batch_normalization/FusedBatchNormV3;model/conv2d/Conv2D", 40)
+    'model/activation/Relu;m…el/conv2d/Conv2D'
+    """
+    return name if len(name) <= room else f"{name[: room * 3 // 5 - 1]}…{name[len(name) - room * 2 // 5 :]}"
 
 
 def percent(share: float) -> str:

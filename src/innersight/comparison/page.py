@@ -120,7 +120,7 @@ def _table(c: Any) -> str:
 
     rows = c.layers.rows()
     keep = [i for i in range(len(HEADER)) if any(r[i] for r in rows)]
-    at = None if c.divergence is None else c.divergence.layer.a
+    parts = [c.divergence is not None and r is c.divergence.layer for r in c.layers.values()]
     return (
         "<h2>Layer by layer</h2>\n"
         + _p(
@@ -129,7 +129,7 @@ def _table(c: Any) -> str:
         )
         + _rows(
             [HEADER[i] for i in keep], [[r[i] for i in keep] for r in rows], ("SQNR dB", "cosine"),
-            ("layer of a", "layer of b"), [r[0] == at for r in rows],
+            ("layer of a", "layer of b"), parts,
         )
     )  # fmt: skip
 

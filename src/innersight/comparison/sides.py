@@ -6,22 +6,25 @@ import dataclasses
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from innersight import errors
 from innersight.comparison.alignment import Place
-from innersight.images import Inputs, Picture
+from innersight.images import Inputs, Picture, _items
 from innersight.layers import Layer
 from innersight.network import Network
 from innersight.network import open as open_network
 from innersight.observe.passes import Request, free_memory
 from innersight.results import FeatureMaps, load
+
+SHARED = "its values are not shared out among the images"
 
 
 class Side:
@@ -30,7 +33,7 @@ class Side:
     name: str
     count: int
     pictures: list[Picture] | None = None
-    odd: set[str]  # layers whose values are not shared out among the images
+    odd: dict[str, str]  # layers whose values do not belong to one image each, and what is known of them
 
     def places(self) -> list[Place]:
         raise NotImplementedError
@@ -58,7 +61,7 @@ class Opened(Side):
         self.table = net._layers_for(inputs.tensor[:1])
         self.recording = self.table._recording
         self.shapes = {name: self._shape(self.table[name]) for name in self.table}
-        self.odd = {name for name, shape in self.shapes.items() if shape is None}
+        self.odd = {name: SHARED for name, shape in self.shapes.items() if shape is None}
 
     def session(self) -> Any:
         return self.net.engine.session()
@@ -99,7 +102,7 @@ class Opened(Side):
         for name, value in found.items():
             if value is None or value.shape[1:] != self.shapes[name]:
                 found[name] = None
-                self.odd.add(name)
+                self.odd[name] = SHARED
         return found, passed.output
 
 
@@ -137,22 +140,23 @@ class Dump(Side):
         if not self.arrays:
             raise errors.InputError(f"{self.name} holds no array of numbers to compare")
         self.count = count if count is not None else len(next(iter(self.arrays.values())))
-        for name, v in self.arrays.items():
+        self.odd = {}
+        for name, v in list(self.arrays.items()):
             if len(v) != self.count and self.count == 1:
                 v = self.arrays[name] = v[None]
-            if len(v) != self.count:
-                raise errors.InputError(
-                    f"{self.name}: {name!r} is {'x'.join(map(str, v.shape))}, so of {len(v)} images; expected "
-                    f"{self.count} along its first axis"
-                )
-            if v.dtype.kind == "f" and not np.isfinite(v).all():
+            if len(v) != self.count:  # a weight, perhaps
+                self.odd[name] = f"its shape is {'x'.join(map(str, v.shape))}, and there are {self.count} images"
+                del self.arrays[name]
+            elif v.dtype.kind == "f" and not np.isfinite(v).all():
                 raise errors.InputError(f"{self.name}: {name!r} holds NaN or infinite values; dump it again")
-        self.odd = set()
+        if not self.arrays:
+            name, why = next(iter(self.odd.items()))
+            raise errors.InputError(f"{self.name}: {name!r} cannot be compared: {why}, which its first axis must count")
         self.last = False  # whether the channels are the last axis
         self.steps: dict[str, Any] = {}  # how integers become real values
 
     def fit(self, other: Side, notes: list[str]) -> None:
-        """Read axes and integers as the other side tells."""
+        """Read the axes as the other side has them."""
         shapes = {p.shape for p in other.places()}
         pictures = [v.shape[1:] for v in self.arrays.values() if v.ndim == 4]
         first = sum(s in shapes for s in pictures)
@@ -160,9 +164,12 @@ class Dump(Side):
         self.last = last > first
         if self.last:
             notes.append(f"{self.name}: arrays of four axes are read with the channels last")
-        steps = getattr(getattr(other, "net", None), "quantisation", None) or {}
-        whole = [name for name, v in self.arrays.items() if v.dtype.kind in "iu"]
-        self.steps = {name: steps[name] for name in whole if name in steps}
+
+    def scale(self, other: Side, partners: Mapping[str, str], notes: list[str]) -> None:
+        """Take from the other side what integers stand for; `partners` are its layers by the names here."""
+        steps = (other.net.quantisation or {}) if isinstance(other, Opened) else {}
+        whole = [name for name, v in self.arrays.items() if v.dtype.kind in "iu" and name in partners]
+        self.steps = {name: steps[partners[name]] for name in whole if partners[name] in steps}
         if self.steps:
             notes.append(f"{self.name}: integers are made real by the scale and zero point that {other.name} states")
         if left := [name for name in whole if name not in self.steps]:
@@ -203,8 +210,7 @@ def sides(a: Any, b: Any, images: Any) -> tuple[Side, Side]:
     opened: list[Network | None] = [
         None if d is not None else open_network(s) for s, d in zip((a, b), dumps, strict=True)
     ]
-    if isinstance(images, Iterator):
-        images = list(images)  # it is read twice
+    images = _held(images)
     inputs: list[Inputs | None] = []
     for net in opened:
         first = opened[0] if inputs and inputs[0] is not None else None
@@ -227,6 +233,12 @@ def sides(a: Any, b: Any, images: Any) -> tuple[Side, Side]:
         for side, letter in zip(both, "ab", strict=True):
             side.name += f" ({letter})"
     return both[0], both[1]
+
+
+def _held(images: Any) -> Any:
+    """The images in a form that is the same when read a second time: a loader may shuffle, a generator ends."""
+    fixed = (str, os.PathLike, Image.Image, Mapping, list, tuple, Inputs, type(None))
+    return images if isinstance(images, fixed) or hasattr(images, "__array__") else list(_items(images))
 
 
 def _alike(a: Network, b: Network) -> bool:
