@@ -124,7 +124,7 @@ def spellings(name: str) -> list[str]:
     found = [name]
     for part in name.split(";"):
         path = [word for word in re.sub(r":\d+$", "", part.strip()).lower().split("/") if word]
-        if len(path) > 1 and _WRAPPER.fullmatch(path[0]):
+        while len(path) > 1 and _WRAPPER.fullmatch(path[0]):
             found.append(".".join(path))
             path = path[1:]
         words: list[str] = []
