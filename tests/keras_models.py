@@ -87,6 +87,9 @@ def cases() -> dict[str, tuple[tuple[int | None, ...], Make]]:
     one("group_norm", "GroupNormalization", groups=2)
     one("group_norm_instance", "GroupNormalization", groups=-1, scale=False)
     one("unit_norm", "UnitNormalization")
+    one("rms_norm", "RMSNormalization")
+    one("thresholded", "ThresholdedReLU", theta=0.3)
+    one("masking1d", "Masking", (9, 4))
     one("rescaling", "Rescaling", scale=0.5, offset=-1.0)
     one("rescaling_channels", "Rescaling", (13, 9, 3), scale=[0.5, 0.25, 2.0], offset=[-1.0, 0.0, 1.0])
     one("normalization_given", "Normalization", (13, 9, 3), mean=[0.1, 0.2, 0.3], variance=[1.0, 4.0, 9.0])
@@ -192,6 +195,32 @@ def nested(keras: Any) -> Iterator[tuple[str, Any]]:
     yield "two_outputs", keras.Model(x, [L.GlobalMaxPooling2D(name="g")(y), L.Conv2D(2, 1, name="c2")(y)])
 
 
+def channels_first(keras: Any) -> Iterator[tuple[str, Any]]:
+    """TensorFlow has no kernels for these on a CPU; their inputs are (C, H, W)."""
+    L, first = keras.layers, {"data_format": "channels_first"}
+
+    def parts(x: Any) -> dict[str, Any]:
+        y = L.Conv2D(6, 3, 2, padding="same", **first)(x)
+        return {
+            "dense": L.Dense(3)(L.Flatten(**first)(L.BatchNormalization(axis=1)(y))),
+            "pool": L.GlobalAveragePooling2D(**first)(L.MaxPooling2D(2, 1, "same", **first)(y)),
+            "depthwise": L.ZeroPadding2D(((1, 0), (2, 1)), **first)(L.DepthwiseConv2D(3, 1, **first)(y)),
+            "transposed": L.Cropping2D(1, **first)(L.Conv2DTranspose(4, 3, 2, padding="same", **first)(y)),
+            "separable": L.Concatenate(axis=1)([y, L.SeparableConv2D(5, 3, padding="same", **first)(y)]),
+            "upsampling": L.PReLU(shared_axes=[2, 3])(L.UpSampling2D(2, **first)(y)),
+            "softmax": L.Softmax(axis=1)(L.Conv2D(4, 1, activation="softmax", **first)(y)),
+            "turned": L.Conv2D(4, 3)(L.Permute((2, 3, 1))(y)),
+            "groups": L.GroupNormalization(2, axis=1)(y),
+            "keep": L.Multiply()([y, L.GlobalMaxPooling2D(keepdims=True, **first)(y)]),
+        }  # fmt: skip
+
+    for name in parts(keras.Input((4, 13, 9))):
+        x = keras.Input((4, 13, 9), name="picture")
+        yield f"first_{name}", keras.Model(x, parts(x)[name])
+    x = keras.Input((4, 13, 9), name="picture")
+    yield "first_permuted", keras.Model(x, L.Conv2D(4, 3)(L.Permute((2, 3, 1))(x)))
+
+
 def operations(keras: Any) -> Iterator[tuple[str, Any]]:
     """Functions on Keras tensors: operations of Keras 3, TFOpLambda of Keras 2."""
     L = keras.layers
@@ -249,6 +278,8 @@ def models(keras: Any) -> Iterator[tuple[str, Any]]:
         yield name, keras.Model(x, y, name="small")
     yield from nested(keras)
     yield from operations(keras)
+    if getattr(getattr(keras, "config", None), "backend", str)() == "torch":
+        yield from channels_first(keras)
 
 
 FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {

@@ -231,12 +231,52 @@ def test_a_configuration_that_makes_no_sense(tmp_path: Path, suffix: str, config
     assert str(path) in str(caught.value)
 
 
+def test_a_model_of_two_inputs_is_refused(tmp_path: Path) -> None:
+    config = functional([[["picture", 0, 0, {}]]])
+    other = {**layer("InputLayer", "mask", batch_shape=[None, 8, 8, 1]), "name": "mask", "inbound_nodes": []}
+    config["config"]["layers"].append(other)
+    config["config"]["input_layers"].append(["mask", 0, 0])
+    with pytest.raises(Unsupported, match=r"takes 2 inputs \(picture, mask\); innersight explains networks of one"):
+        open_keras(write_h5(tmp_path / "two.h5", config))
+
+
 def test_models_may_not_be_nested_without_end(tmp_path: Path) -> None:
     inner = sequential(chain())
     for _ in range(40):
         inner = sequential([layer("InputLayer", "i", batch_shape=[None, 8, 8, 3]), inner])
     with pytest.raises(InputError, match="nested more than 32 deep"):
         open_keras(write_keras(tmp_path / "deep.keras", inner))
+
+
+def test_many_layers_in_the_wrong_order_are_sorted(tmp_path: Path) -> None:
+    start = {**layer("InputLayer", "picture", batch_shape=[None, 8, 8, 3]), "name": "picture", "inbound_nodes": []}
+    count = 6000
+    acts = [
+        {**layer("Activation", f"a{i}", activation="tanh"), "name": f"a{i}",
+         "inbound_nodes": [[[f"a{i - 1}" if i else "picture", 0, 0, {}]]]}
+        for i in range(count)
+    ]  # fmt: skip
+    config = {"class_name": "Functional", "config": {"name": "net", "layers": [*acts[::-1], start],
+              "input_layers": [["picture", 0, 0]], "output_layers": [[f"a{count - 1}", 0, 0]]}}  # fmt: skip
+    began = time.monotonic()
+    opened = open_keras(write_h5(tmp_path / "backwards.h5", config))
+    assert [step.name for step in opened.module.steps] == ["picture", *(f"a{i}" for i in range(count))]
+    assert time.monotonic() - began < 20
+
+
+def test_models_that_call_each_other_twice_do_not_grow_without_end(tmp_path: Path) -> None:
+    def twice(name: str, inner: dict[str, Any]) -> dict[str, Any]:
+        start = {**layer("InputLayer", "i", batch_shape=[None, 8, 8, 3]), "name": "i", "inbound_nodes": []}
+        once = {**inner, "name": "m", "inbound_nodes": [[["i", 0, 0, {}]], [["m", 1, 0, {}]]]}
+        return {"class_name": "Functional", "config": {"name": name, "layers": [start, once],
+                "input_layers": [["i", 0, 0]], "output_layers": [["m", 2, 0]]}}  # fmt: skip
+
+    inner = functional([[["picture", 0, 0, {}]]])
+    for i in range(25):
+        inner = twice(f"m{i}", inner)
+    with pytest.raises(InputError, match="more than 20,000 calls of layers"):
+        weights = {"m": {f"conv/{name}": array for name, array in weights_of()["conv"].items()}}
+        open_keras(write_h5(tmp_path / "twice.h5", inner, weights))
 
 
 def test_weights_must_fit_the_configuration(written: Callable[..., Path]) -> None:

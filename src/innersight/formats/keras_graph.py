@@ -7,6 +7,7 @@ number that no layer of the file has.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -344,12 +345,12 @@ class Shelf:
                 continue
             leaves = list(layer.inner.leaves())
             names = {leaf.name for leaf in leaves}
-            found: dict[tuple[str, str], list[Weight]] = {}
+            found: dict[str, dict[str, list[Weight]]] = {}
             for weight in mine:
                 owner, rest = _owner(weight.path, names)
-                found.setdefault((owner, rest), []).append(weight)
+                found.setdefault(owner, {}).setdefault(rest, []).append(weight)
             for leaf in leaves:  # of several layers of one name, each takes the next
-                self.own[id(leaf)] = [rows.pop(0) for (owner, _), rows in found.items() if owner == leaf.name and rows]
+                self.own[id(leaf)] = [rows.pop(0) for rows in found.get(leaf.name, {}).values() if rows]
 
     def of(self, layer: Layer, path: str) -> Callable[[str, int, Sequence[int | None] | None], np.ndarray]:
         def fetch(names: str, index: int, shape: Sequence[int | None] | None) -> np.ndarray:
@@ -444,7 +445,7 @@ class Assembly:
         self.modules: dict[str, nn.Module] = {}
         self.built: dict[int, tuple[Apply, list[tuple[str, Any]]]] = {}
         self.taken: set[str] = set()
-        self.wanted: dict[int, int] = {}
+        self.calls: dict[str, int] = {}
 
     def graph(self, start: Callable[[torch.Tensor], Value]) -> Graph:
         """The network as a module; `start` makes of the input tensor what Keras's input layer gives."""
@@ -473,34 +474,66 @@ class Assembly:
         if len(given) != len(model.inputs):
             raise InputError(f"the model {model.name!r} takes {len(model.inputs)} inputs and is called on {len(given)}")
         values: dict[Ref, Any] = dict(zip(model.inputs, given, strict=True))
-        reserved = {prefix + name for name in model.layers}
         needed = self._needed(model)
-        waiting = [(layer, k, call) for layer in model.layers.values() for k, call in enumerate(layer.calls)
-                   if (layer.name, k + layer.first) in needed]  # fmt: skip
-        while waiting:
-            left = []
-            for layer, k, call in waiting:
-                read = list(refs_in((call.args, call.kwargs)))
-                if any(ref not in values for ref in read):
-                    left.append((layer, k, call))
-                    continue
-                name = prefix + layer.name
-                if name in self.taken:
-                    name = _free(name, self.taken | reserved)
-                self.taken.add(name)
-                count = needed[layer.name, k + layer.first]
-                for tensor, key in enumerate(self._add(layer, prefix, name, call, values, read, count)):
-                    values[Ref(layer.name, k + layer.first, tensor)] = key
-            if len(left) == len(waiting):
-                layer, _, call = left[0]
-                ref = next(r for r in refs_in((call.args, call.kwargs)) if r not in values)
-                raise InputError(
-                    f"{layer.kind} {prefix + layer.name!r} reads {ref.layer!r}, which is missing or needs it in turn"
-                )
-            waiting = left
+        calls = [
+            (layer, k + layer.first, call)
+            for layer in model.layers.values()
+            for k, call in enumerate(layer.calls)
+            if (layer.name, k + layer.first) in needed
+        ]
+        for layer, node, call in self._in_order(calls, values, prefix):
+            name = self._named(prefix, layer.name, model)
+            read = list(refs_in((call.args, call.kwargs)))
+            count = needed[layer.name, node]
+            keys = self._add(layer, prefix, name, call, values, read, count)
+            if len(keys) < count:
+                raise InputError(f"{layer.kind} {name!r} returns {len(keys)} values, and {count} are read")
+            for tensor, key in enumerate(keys):
+                values[Ref(layer.name, node, tensor)] = key
         if missing := [ref for ref in model.outputs if ref not in values]:
             raise InputError(f"the model {model.name!r} returns {missing[0].layer!r}, which no layer makes")
         return [values[ref] for ref in model.outputs]
+
+    def _in_order(
+        self, calls: list[tuple[Layer, int, Call]], values: Mapping[Ref, Any], prefix: str
+    ) -> Iterator[tuple[Layer, int, Call]]:
+        """The calls as they are listed, but each behind those it reads from."""
+        made = {(ref.layer, ref.node) for ref in values}
+        number = {(layer.name, node): i for i, (layer, node, _) in enumerate(calls)}
+        waits: list[set[tuple[str, int]]] = []
+        readers: dict[tuple[str, int], list[int]] = {}
+        for i, (_, _, call) in enumerate(calls):
+            waits.append({(ref.layer, ref.node) for ref in refs_in((call.args, call.kwargs))} - made)
+            for key in waits[i]:
+                readers.setdefault(key, []).append(i)
+        ready = [i for i, missing in enumerate(waits) if not missing]
+        done = 0
+        while ready:
+            layer, node, call = calls[heapq.heappop(ready)]
+            yield layer, node, call
+            done += 1
+            for i in readers.get((layer.name, node), ()):
+                waits[i].discard((layer.name, node))
+                if not waits[i]:
+                    heapq.heappush(ready, i)
+        if done < len(calls):
+            i = next(i for i, missing in enumerate(waits) if missing)
+            first = min(waits[i], key=lambda key: number.get(key, -1))
+            layer = calls[i][0]
+            raise InputError(
+                f"{layer.kind} {prefix + layer.name!r} reads {first[0]!r}, which is missing or needs it in turn"
+            )
+
+    def _named(self, prefix: str, name: str, model: Model) -> str:
+        """The layer's name; for a second call with the next number that neither a layer nor a call has."""
+        full, number = prefix + name, self.calls.get(prefix + name, 0)
+        found = full if not number else f"{full}_{number}"
+        while number and (found in self.taken or found.removeprefix(prefix) in model.layers):
+            number += 1
+            found = f"{full}_{number}"
+        self.calls[full] = number + 1
+        self.taken.add(found)
+        return found
 
     def _needed(self, model: Model) -> dict[tuple[str, int], int]:
         """The calls that the outputs depend on, and how many values each must hand out."""
