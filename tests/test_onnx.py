@@ -95,8 +95,8 @@ def test_squeezenet_of_caffe_is_the_network_of_the_torch_file(shared_data: Calla
     with torch.no_grad():
         want = module.eval()((x - mean) / std).softmax(1).numpy()
     caffe = (x * 255).flip(1) - torch.tensor([104.0, 117.0, 123.0]).reshape(1, 3, 1, 1)
-    assert np.abs(net.predict(caffe).logits.reshape(1, -1) - want).max() < 0.05
-    assert "fire9/expand3x3_1" in net.layers or "fire9/expand3x3" in " ".join(net.layers)
+    assert np.abs(net.predict(caffe).logits.reshape(1, -1) - want).max() < TOLERANCE
+    assert "fire9/expand3x3_1" in net.layers
 
 
 def test_mnist_of_cntk_says_how_its_pictures_are_prepared(shared_data: Callable[..., Path]) -> None:
@@ -194,6 +194,21 @@ def test_explanations_are_those_of_the_torch_module(
     a, b = innersight.open(module, input_shape=(3, 64, 64)), opened(path)
     want, got = (net.explain(pictures[:1], method=method, target=3).values for net in (a, b))
     assert testing.close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["gated", "tokens", "channels_last"])
+def test_chains_of_operators_are_explained_as_the_operation_they_stand_for(folder: Path, name: str) -> None:
+    """GELU, SiLU and linear layers come apart in an export; relevance is that of the module all the same."""
+    make, size = testing.NETWORKS[name]
+    torch.manual_seed(0)
+    module = make().eval()
+    a, b = innersight.open(module, input_shape=size), opened(export(module, folder / f"chains_{name}.onnx", size))
+    x = torch.randn(1, *size, generator=torch.Generator().manual_seed(5))
+    # The biases that FullGrad reads are cut otherwise in attention: q, k and v have one in the module.
+    more = ["attention_rollout", "attention_relevance"] if name == "tokens" else ["fullgrad"]
+    for method in ["lrp", "deeplift", "excitation_backprop", *more]:
+        want, got = (net.explain(x, method=method, target=1).values for net in (a, b))
+        assert testing.close(got, want, 1e-4), method
 
 
 # --- inputs and batches ----------------------------------------------------------------------------------------------

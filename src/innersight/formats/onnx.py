@@ -23,6 +23,7 @@ from innersight.formats import Opened, Quantised
 from innersight.formats import onnx_limits as limits
 from innersight.formats.graph import Graph, Step
 from innersight.formats.onnx_file import Body, File, captured, literal, parse, read
+from innersight.formats.onnx_fusion import fused
 from innersight.formats.onnx_operators import (
     CONTRIB,
     HOST,
@@ -345,13 +346,9 @@ class Plan:
             self.grids[source] = self.grids[self.input] = found
         for n in nodes:
             n.batch = self.batch
-            try:
-                self.add(n)
-            except errors.InnersightError as error:
-                raise type(error)(_in_file(error, self.file.name)) from error
-            except Exception as error:  # whatever inputs or attributes that make no sense lead to
-                said = _first_line(error)
-                raise errors.InputError(f"{n.op} {n.name!r} in {self.file.name} cannot be set up: {said}") from error
+        left = [n for n in nodes if not self.done(n, self.fold)]
+        for n in fused(left, self.constants, self.outputs):
+            self.done(n, self.add)
         for name in self.outputs:
             if name in self.constants:
                 self.used[name] = self.constants[name]
@@ -482,11 +479,18 @@ class Plan:
         self.grids.update((o, shared) for o in outputs if o)
         return shared
 
+    def done(self, n: Node, act: Callable[[Node], bool | None]) -> bool:
+        """What `act` says; an error in it names the node and the file."""
+        try:
+            return bool(act(n))
+        except errors.InnersightError as error:
+            raise type(error)(_in_file(error, self.file.name)) from error
+        except Exception as error:  # whatever inputs or attributes that make no sense lead to
+            said = _first_line(error)
+            raise errors.InputError(f"{n.op} {n.name!r} in {self.file.name} cannot be set up: {said}") from error
+
     def add(self, n: Node) -> None:
         reads = [i for i in (*n.inputs, *sorted(captured(n))) if i]
-        if all(i in self.constants for i in reads) and n.op not in _RANDOM:
-            self.fold(n)
-            return
         kind_shape = n.op in ("Shape", "Size") or all(i in self.constants or i in self.shapes for i in reads)
         host = HOST.get(n.key, ())
         layers = [i for i in reads if i not in self.constants and i not in self.shapes]
@@ -504,7 +508,10 @@ class Plan:
         lasting = kind_shape and not any(i in self.loose for i in reads)
         self.steps.append(self.step(n, kind_shape, lasting))
 
-    def fold(self, n: Node) -> None:
+    def fold(self, n: Node) -> bool:
+        """Whether a node reads constants alone; then its values are constants as well."""
+        if any(i not in self.constants for i in (*n.inputs, *captured(n)) if i):
+            return False
         given = [self.constants[i] if i else None for i in n.inputs]
         with torch.no_grad():
             made = _results(within(n, given, limits.MAX_CONSTANT, lambda: run(n, given, self.constants)))
@@ -512,6 +519,7 @@ class Plan:
         if n.op == "DequantizeLinear":
             q, scale, zero = ([self.constants.get(i) for i in n.inputs] + [None])[:3]
             self.held[n.outputs[0]] = q, scale, zero
+        return True
 
     def step(self, n: Node, unseen: bool, lasting: bool) -> Step:
         host = HOST.get(n.key, ())

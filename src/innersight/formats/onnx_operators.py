@@ -554,8 +554,8 @@ def _gemm(n: Node, a: torch.Tensor, b: torch.Tensor, c: Any = None) -> torch.Ten
 
 
 @operator("MatMul")
-def _matmul(n: Node, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return F.linear(a, b) if n.get("turned") else torch.matmul(a, b)
+def _matmul(n: Node, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return F.linear(a, b, bias) if n.get("turned") else torch.matmul(a, b)
 
 
 @operator("com.microsoft:FusedMatMul")
