@@ -432,6 +432,7 @@ def test_layers_can_be_chosen_by_either_name(x):
     assert list(c.layers) == ["relu", "conv3"]
     with pytest.raises(errors.UnknownName, match="did you mean relu"):
         innersight.compare(opened(a), opened(a), x, layers="rel", method=None)
+    assert len(c.only_a) == 2  # what was not asked for is not without a counterpart
     with pytest.raises(errors.InputError, match="no counterpart"):
         innersight.compare(opened(a), opened(Renamed(a).eval()), x, layers="conv1", method=None)
 
@@ -454,6 +455,25 @@ def test_a_dump_of_a_network_agrees_bit_for_bit(tmp_path, x):
     assert c.predictions.agreement == 1
     assert c.reasons is None
     assert any("a dump has no gradients" in n for n in c.provenance.notes)
+
+
+def test_a_vision_transformer_is_dumped_and_found_again(tmp_path):
+    net = small_network("tokens")
+    x = torch.randn(3, *net.input_shape, generator=torch.Generator().manual_seed(0))
+    c = innersight.compare(net, innersight.dump(net, x, tmp_path / "vit.npz"), x)
+    assert all(r.equal for r in c.layers.values())
+    assert len(c.layers) + len(c.only_a) == len(net.layers)
+    assert c.largest_drop is None
+
+
+def test_where_a_dump_parts_is_told_by_the_network_beside_it(tmp_path, x):
+    a, b = small(), small()
+    with torch.no_grad():
+        b.conv2.weight.mul_(-1)
+    c = innersight.compare(innersight.dump(opened(a), x, tmp_path / "a.npz"), opened(b), x)
+    assert c.first_divergence.layer.a == "conv2"
+    assert [i.a for i in c.first_divergence.inputs] == ["relu"]
+    assert [i.a for i in innersight.compare(opened(b), tmp_path / "a.npz", x).first_divergence.inputs] == ["relu"]
 
 
 def test_saved_feature_maps_are_a_dump_too(tmp_path, x):
@@ -603,6 +623,17 @@ def test_reasons_are_correlated_where_both_look(noisy, x):
     assert "7x7" in c.reasons.grid
 
 
+def test_reasons_by_other_methods_and_layers(noisy, x):
+    c = innersight.compare(*noisy, x, method="gradient")
+    assert c.reasons.layer_a is None
+    assert "16x16 pixels of the input" in c.reasons.grid
+    assert len(c.reasons.correlation) == len(x)
+    c = innersight.compare(*noisy, x, method="layercam", at="relu")
+    assert (c.reasons.layer_a, c.reasons.layer_b) == ("relu", "relu")
+    with pytest.raises(errors.UnknownName, match="no layer 'rel'"):
+        innersight.compare(*noisy, x, at="rel")
+
+
 def test_the_same_answer_for_another_reason_is_found():
     class Side(nn.Module):
         """Sees one half of the picture alone."""
@@ -701,7 +732,7 @@ def test_it_is_written_as_page_numbers_table_and_plot(noisy, x, tmp_path):
         c.plot("conv")
     with pytest.raises(errors.InputError, match="unknown suffix '.txt'"):
         c.save(tmp_path / "c.txt")
-    assert repr(c).startswith("<Comparison of Small (a) and Small (b): ")
+    assert repr(c).startswith("<Comparison of Small and Small: ")
     assert all(name in str(c.layers) for name in a.layers)
 
 

@@ -956,7 +956,7 @@ def compare(model_a: str, model_b: str, images: tuple[str, ...], names: tuple[st
     _table(header, found.layers.rows(), right=("SQNR dB", "cosine"), spare=spare)
     click.echo()
     for line in found.words():
-        click.echo(_wrapped(line))
+        click.echo(_wrapped(_as_options(line).replace("channels='index'", "--channels index")))
     _wrote(files)
     _notes(found.provenance.notes)
 
@@ -1062,6 +1062,60 @@ def view(model: Model, images: tuple[str, ...], target: str | None, other: str |
 def _second(model: Model, source: str) -> Network:
     """Another network, opened with what was said of the first that holds for both."""
     return replace(model, source=source).open()
+
+
+@main.command()
+@click.argument("data", metavar="DATA")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The folder that is written.")
+@click.option("--layer", "--layers", "names", multiple=True, metavar="NAME|KIND",
+              help="Watch these, or all of a kind (Conv2d); repeatable, or a comma list. Default: every layer with "
+              "channels.")  # fmt: skip
+@click.option("--top", type=click.IntRange(min=1), default=9, show_default=True, metavar="K",
+              help="Images that are kept for each channel.")  # fmt: skip
+@click.option("--crops", type=click.IntRange(min=0), default=2048, show_default=True, metavar="N",
+              help="Channels whose top images are cut out.")  # fmt: skip
+@click.option("--sensitivity", metavar="LAYER", help="Remove the channels of this layer one by one, for every image.")
+@click.option("--engine", default="local", show_default=True, metavar="ENGINES", help="Who does the work.")
+@click.option("--resume", is_flag=True, help="Go on with what is in DIR.")
+@click.option("--shard", metavar="I/N", help="Count the I-th of N parts alone, from 1; merge them later.")
+@click.option("--merge", "shards", multiple=True, type=click.Path(path_type=Path), metavar="SHARD",
+              help="Folder of a shard to take over; repeatable. What no shard counted is counted.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
+@click.option("--root", type=click.Path(path_type=Path), metavar="DIR", help="Where the files of mnist and cifar10 are.")
+@_on_model()
+def scan(model: Model, data: str, names: tuple[str, ...], shard: str | None, shards: tuple[Path, ...], out: Path,
+         as_json: bool, **options: Any) -> None:  # fmt: skip
+    """What a whole data set does in MODEL, kept in a folder.
+
+    DATA is a folder of pictures (the class folder is the label), a list .csv or .parquet with the columns path and
+    label, or mnist, cifar10, digits (the test part; mnist:train the other). For each channel of each layer: the images
+    and places that excite it most, statistics, selectivity for classes; for each image its prediction; and what is
+    worth looking at, in words. Killed at any moment, --resume goes on and nothing is counted twice.
+    """
+    import innersight
+
+    part = _shard(shard)
+    net = model.open()
+    with _stages(quiet=as_json) as progress:
+        net.progress = lambda done, total, of: progress(of, done, total or done + 1, "")
+        found = innersight.scan(
+            net, data, out, layers=_split(names) or None, shard=part, merge=shards, **options
+        )  # fmt: skip
+    if as_json:
+        _print_json(found.to_json())
+        return
+    for line in found.words():
+        click.echo(_wrapped(line))
+    _notes(found.notes)
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.split("/")
+    if len(parts) != 2 or not all(p.strip().isdecimal() for p in parts):
+        raise errors.InputError(f"--shard takes I/N, such as 1/4, not {text!r}")
+    return int(parts[0]), int(parts[1])
 
 
 @main.command()

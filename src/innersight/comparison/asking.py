@@ -18,7 +18,7 @@ from innersight import __version__, errors, storage, targets
 from innersight.comparison import alignment
 from innersight.comparison.alignment import Alignment, Pair, Place
 from innersight.comparison.answers import Predicted, Reasons
-from innersight.comparison.layers import LayerTable, Sums, decibel, first, largest
+from innersight.comparison.layers import LayerComparison, LayerTable, Sums, decibel, first, largest
 from innersight.comparison.result import Comparison
 from innersight.comparison.sides import Dump, Opened, Side, sides
 from innersight.images import Inputs
@@ -76,22 +76,22 @@ def compare(
         aligned = alignment.align(side_a.places(), side_b.places())
         work.scale(aligned)
         work.refine(aligned, reorder=channels == "match")
-        work.pick(aligned, layers)
-        sums, predicted = work.measure(aligned)
-        if not aligned.pairs and predicted is None:
+        sums, predicted = work.measure(aligned, work.pick(aligned, layers))
+        if not sums and predicted is None:
             raise errors.InputError(
                 f"no layer of {side_a.name} could be aligned with one of {side_b.name}: no name, and no run of layers "
                 "of the same kinds and shapes, is in both; nor can their answers be compared"
             )
-        shown = work.shown(aligned, sums, predicted)
+        shown = work.shown(sums, predicted)
     reasons = work.reasons(aligned, predicted, method, target, at) if method is not None else None
-    rows = [s.finish(p, shown.get(p.a.name)) for p, s in zip(aligned.pairs, sums, strict=True)]
-    table = LayerTable({row.a: row for row in rows})
+    rows = [s.finish(shown.get(s.pair.a.name)) for s in sums]
+    reads = work.reads(rows)
     return Comparison(
-        a=side_a.name, b=side_b.name, layers=table, only_a=tuple(aligned.only_a), only_b=tuple(aligned.only_b),
+        a=side_a.name, b=side_b.name, layers=LayerTable({row.a: row for row in rows}),
+        only_a=tuple(aligned.only_a), only_b=tuple(aligned.only_b),
         predictions=predicted, reasons=reasons, pictures=side_a.pictures or side_b.pictures or [],
         count=side_a.count, inputs_sqnr=work.inputs(), shown_picture=work.looked_at, threshold=threshold,
-        divergence=first(rows, work.readers(aligned), threshold), largest=largest(rows, work.readers(aligned)),
+        divergence=first(rows, reads, threshold), largest=largest(rows, reads),
         provenance=Provenance(
             network=f"{side_a.name} and {side_b.name}", method=method, layer=None, seed=0,
             target=None if reasons is None else "; ".join(dict.fromkeys(reasons.targets)),
@@ -104,16 +104,28 @@ def compare(
 def dump(net: Any, images: Any, path: str | os.PathLike, layers: Sequence[str] | None = None) -> Path:
     """Write what every layer (or `layers`) answers to `images` into an .npz of name -> array, for `compare`.
 
-    Arrays are float32 as the layer holds them on its grid, (N, C, H, W) or (N, K); the file can be read by NumPy alone.
+    Arrays are float32 with channels first, (N, C, H, W) or (N, K); the file can be read by NumPy alone.
     """
     path = Path(path)
     if path.suffix.lower() != ".npz":
         raise errors.InputError(f"{path.name!r}: tensors by name are written to an .npz file")
     storage.check_place(path)
     net = open_network(net)
-    table = net._layers_for(net.read(images).tensor[:1])
-    maps = net.maps(images, layers=list(table) if layers is None else layers)
-    return storage.write_whole(path, lambda file: np.savez_compressed(file, **dict(maps)))
+    side = Opened(net, net.read(images))
+    names = [n for n in side.table if n not in side.odd] if layers is None else list(layers)
+    net._refuse_too_much({name: side.table[name] for name in names}, side.count)
+    parts: dict[str, list[np.ndarray]] = {}
+    with side.session():
+        size = side.size(names)
+        for start in range(0, side.count, size):
+            rows = range(start, min(start + size, side.count))
+            for name, value in side.values(rows, names)[0].items():
+                if value is not None:
+                    parts.setdefault(name, []).append(value.float().cpu().numpy())
+    arrays: dict[str, Any] = {name: np.concatenate(part) for name, part in parts.items() if name not in side.odd}
+    if layers is not None and (odd := [name for name in names if name not in arrays]):
+        raise errors.InputError(f"layer {odd[0]!r} cannot be written image by image: {side.odd[odd[0]]}")
+    return storage.write_whole(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def _goals(target: Any, predicted: Predicted | None, rows: range) -> list[Any]:
@@ -147,9 +159,9 @@ class _Work:
         for side, other in ((self.a, self.b), (self.b, self.a)):
             if isinstance(side, Dump):
                 side.fit(other, self.notes)
-        for side in (self.a, self.b):
+        for letter, side in (("a", self.a), ("b", self.b)):
             if isinstance(side, Opened):
-                self.notes += [f"{side.name}: {note}" for note in (*side.net.notes, *side.inputs.notes)]
+                self.notes += [f"{letter}: {note}" for note in (*side.net.notes, *side.inputs.notes)]
         if isinstance(self.a, Opened) and isinstance(self.b, Opened):
             sizes = [s.inputs.tensor.shape[1:] for s in (self.a, self.b)]
             if sizes[0] != sizes[1]:
@@ -274,10 +286,10 @@ class _Work:
         key = [hashlib.sha1(row.cpu().numpy().tobytes()).digest() for row in side.inputs.tensor]
         return sorted(sorted(range(self.a.count), key=key.__getitem__)[:PROBED])
 
-    def pick(self, aligned: Alignment, layers: str | Sequence[str] | None) -> None:
-        """Only the layers that were asked for."""
+    def pick(self, aligned: Alignment, layers: str | Sequence[str] | None) -> list[Pair]:
+        """The layers that were asked for."""
         if layers is None:
-            return
+            return aligned.pairs
         wanted = [layers] if isinstance(layers, str) else list(layers)
         if not wanted:
             raise errors.InputError("layers= is empty: name one or more, or leave it out for all")
@@ -291,51 +303,52 @@ class _Work:
             if pair is None:
                 raise errors.unknown("layer", name, [p.a.name for p in aligned.pairs], " in both networks")
             chosen.append(pair)
-        aligned.pairs = [p for p in aligned.pairs if p in chosen]
+        return [p for p in aligned.pairs if p in chosen]
 
-    def readers(self, aligned: Alignment) -> dict[str, list[str]]:
-        """For each aligned layer of a the nearest aligned ones that it depends on."""
-        places = {p.name: p for p in self.a.places()}
-        there = {p.a.name for p in aligned.pairs}
+    def reads(self, rows: Sequence[LayerComparison]) -> dict[str, list[str]]:
+        """For each compared layer of a the nearest ones that it depends on; of a dump, as b's depends on them."""
+        side, name = (
+            (self.b, {r.b: r.a for r in rows}) if isinstance(self.a, Dump) else (self.a, {r.a: r.a for r in rows})
+        )
+        places = {p.name: p for p in side.places()}
         found: dict[str, list[str]] = {}
-        for name in there:
+        for there in name:
             near: dict[str, None] = {}
-            stack, seen = list(places[name].inputs), set()
+            stack, seen = list(places[there].inputs), set()
             while stack:
                 n = stack.pop(0)
                 if n in seen:
                     continue
                 seen.add(n)
-                if n in there:
-                    near[n] = None
+                if n in name:
+                    near[name[n]] = None
                 elif n in places:
                     stack += places[n].inputs
-            found[name] = list(near)
+            found[name[there]] = list(near)
         return found
 
     # -- the numbers
 
-    def measure(self, aligned: Alignment) -> tuple[list[Sums], Predicted | None]:
-        sums = [self._sums(p) for p in aligned.pairs]
+    def measure(self, aligned: Alignment, chosen: Sequence[Pair]) -> tuple[list[Sums], Predicted | None]:
+        sums = [self._sums(p) for p in chosen]
         answers: list[list[np.ndarray]] = [[], []]
-        for part, va, vb, oa, ob in self.chunks(range(self.a.count), aligned.pairs, "comparing"):
-            for pair, s in zip(aligned.pairs, sums, strict=True):
-                x, y = va[pair.a.name], vb[pair.b.name]
+        for part, va, vb, oa, ob in self.chunks(range(self.a.count), chosen, "comparing"):
+            for s in sums:
+                x, y = va[s.pair.a.name], vb[s.pair.b.name]
                 if x is not None and y is not None:
                     s.add(part, x, y)
             for side, output, rows in zip((self.a, self.b), (oa, ob), answers, strict=True):
                 if (scores := self._scores(side, output)) is not None:
                     rows.append(scores)
-        by_layer = {p.a.name: s for p, s in zip(aligned.pairs, sums, strict=True)}
         self._drop_odd(aligned)
-        return [by_layer[p.a.name] for p in aligned.pairs], self._predicted(aligned, answers)
+        return [s for s in sums if s.pair in aligned.pairs], self._predicted(aligned, answers)
 
     def _sums(self, pair: Pair) -> Sums:
         steps = [
             ((side.net.quantisation or {}) if isinstance(side, Opened) else {}).get(name)
             for side, name in ((self.a, pair.a.name), (self.b, pair.b.name))
         ]
-        return Sums(pair.a.shape[0], self.a.count, pair.order, steps[0], steps[1])
+        return Sums(pair, self.a.count, steps[0], steps[1])
 
     def _scores(self, side: Side, output: Any) -> np.ndarray | None:
         if not isinstance(side, Opened):
@@ -380,7 +393,7 @@ class _Work:
         return None
 
     def shown(
-        self, aligned: Alignment, sums: Sequence[Sums], predicted: Predicted | None
+        self, sums: Sequence[Sums], predicted: Predicted | None
     ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Layer -> channels, and their maps in both, of the picture on which the networks are furthest apart."""
         if predicted is not None and predicted.divergence.max() > 0:
@@ -389,8 +402,9 @@ class _Work:
             noise = np.sum([s.share_of_noise() for s in sums], 0)
             self.looked_at = int(np.argmax(noise))
         found = {}
-        for _, va, vb, _, _ in self.chunks([self.looked_at], aligned.pairs, "looking"):
-            for pair, s in zip(aligned.pairs, sums, strict=True):
+        for _, va, vb, _, _ in self.chunks([self.looked_at], [s.pair for s in sums], "looking"):
+            for s in sums:
+                pair = s.pair
                 if len(pair.a.shape) != 3:
                     continue
                 picked = s.shown(SHOWN)

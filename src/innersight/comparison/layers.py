@@ -289,8 +289,10 @@ def _range_text(ends: tuple[float, float]) -> str:
 class Sums:
     """What is kept of a layer: sums over images and places for each channel, and over channels for each image."""
 
-    def __init__(self, channels: int, images: int, order: tuple[int, ...] | None, step_a: Any, step_b: Any):
-        self.order = None if order is None else torch.tensor(order)
+    def __init__(self, pair: Pair, images: int, step_a: Any, step_b: Any):
+        self.pair = pair
+        self.order = None if pair.order is None else torch.tensor(pair.order)
+        channels = pair.a.shape[0]
         self.steps = (step_a, step_b)
         self.noise, self.aa, self.bb, self.ab = np.zeros((4, channels))
         self.low = np.full((2, channels), np.inf)
@@ -345,7 +347,8 @@ class Sums:
         rest = [c for c in np.argsort(-self.aa, kind="stable") if c not in worst]
         return np.array([*worst, *rest][:count], int)
 
-    def finish(self, pair: Pair, shown: Any) -> LayerComparison:
+    def finish(self, shown: Any) -> LayerComparison:
+        pair = self.pair
         return LayerComparison(
             a=pair.a.name, b=pair.b.name, kind_a=pair.a.kind, kind_b=pair.b.kind, shape=pair.a.shape, how=pair.how,
             order=pair.order, standing=pair.standing, match=pair.match,

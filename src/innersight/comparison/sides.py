@@ -229,9 +229,6 @@ def sides(a: Any, b: Any, images: Any) -> tuple[Side, Side]:
             assert arrays is not None
             both.append(Dump(source, arrays, count))
             count = both[-1].count
-    if both[0].name == both[1].name:
-        for side, letter in zip(both, "ab", strict=True):
-            side.name += f" ({letter})"
     return both[0], both[1]
 
 
