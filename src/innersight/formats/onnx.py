@@ -67,7 +67,7 @@ def open_onnx(source: Path | bytes | Any) -> Opened:
     notes += file.notes + plan.notes + more
     fixed, batch_notes = _batches(graph, picture, shape, output, plan.nodes if plan.loose else None)
     notes += batch_notes
-    preprocess, labels, told = _told(file, picture, shape)
+    preprocess, labels, told = _told(file, picture, shape, plan.constants)
     notes += told
     if len(graph.outputs) > 1:
         notes.append(
@@ -228,7 +228,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _told(
-    file: File, picture: Picture, shape: tuple[int, ...]
+    file: File, picture: Picture, shape: tuple[int, ...], constants: dict[str, Any]
 ) -> tuple[Preprocess | None, list[str] | None, list[str]]:
     """Preprocessing and labels, as far as the file says, and what is assumed."""
     notes = []
@@ -247,7 +247,7 @@ def _told(
         stated = replace(stated, channels="BGR" if bgr else stated.channels, scale=1.0 if wide else 1 / 255)
         notes.append(f"pictures are prepared as the file's metadata says: {stated.describe()}")
         return stated, labels, notes
-    first, wide = _scaled_first(file, picture.name)
+    first, wide = _scaled_first(file, picture.name, constants)
     if picture.grid is not None:
         stated, why = _of_grid(stated, picture.grid), "as its input's integers stand for"
     elif picture.type in _WHOLE:
@@ -264,7 +264,7 @@ def _told(
     return stated, labels, notes
 
 
-def _scaled_first(file: File, name: str) -> tuple[str, bool]:
+def _scaled_first(file: File, name: str, constants: dict[str, Any]) -> tuple[str, bool]:
     """What shifts or scales the input first, if something does, and whether its numbers are those of pixels 0..255."""
     names = {name}
     for n in file.nodes:
@@ -273,7 +273,7 @@ def _scaled_first(file: File, name: str) -> tuple[str, bool]:
         if n.op in ("Identity", "Transpose", "Cast"):
             names.add(n.outputs[0])
             continue
-        by = [file.weights[i] for i in n.inputs if i in file.weights and file.weights[i].is_floating_point()]
+        by = [constants[i] for i in n.inputs if i in constants and constants[i].is_floating_point()]
         if n.op not in ("Sub", "Add", "Mul", "Div") or not by or not by[0].numel():
             return "", False
         size = float(by[0].abs().max())

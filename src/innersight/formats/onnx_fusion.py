@@ -1,8 +1,8 @@
 """Chains of ONNX operators that stand for one operation of the network, put together again.
 
 Exporters write GELU as five operators, SiLU as two and a linear layer as a product and a sum; rules of relevance, and
-people, look for the one operation. A chain is put together where nothing else reads what is between; its value is that of its last
-node and has that node's name.
+people, look for the one operation. A chain is put together where nothing else reads what is between; its value is that
+of its last node and has that node's name.
 """
 
 from __future__ import annotations
