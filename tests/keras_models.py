@@ -204,7 +204,7 @@ def channels_first(keras: Any) -> Iterator[tuple[str, Any]]:
         return {
             "dense": L.Dense(3)(L.Flatten(**first)(L.BatchNormalization(axis=1)(y))),
             "pool": L.GlobalAveragePooling2D(**first)(L.MaxPooling2D(2, 1, "same", **first)(y)),
-            "depthwise": L.ZeroPadding2D(((1, 0), (2, 1)), **first)(L.DepthwiseConv2D(3, 1, **first)(y)),
+            "depthwise": L.ZeroPadding2D(((2, 1), (1, 1)), **first)(L.DepthwiseConv2D(3, 1, **first)(y)),
             "transposed": L.Cropping2D(1, **first)(L.Conv2DTranspose(4, 3, 2, padding="same", **first)(y)),
             "separable": L.Concatenate(axis=1)([y, L.SeparableConv2D(5, 3, padding="same", **first)(y)]),
             "upsampling": L.PReLU(shared_axes=[2, 3])(L.UpSampling2D(2, **first)(y)),
