@@ -134,7 +134,7 @@ class Scaling:
 EXACT = 1 << 24
 """Whole numbers up to here are exact in float32, in any order of summation."""
 
-_probed: dict[str, bool] = {}
+_probed: dict[torch.device, bool] = {}
 
 
 def sums_are_exact(device: torch.device) -> bool:
@@ -142,8 +142,7 @@ def sums_are_exact(device: torch.device) -> bool:
 
     Fast algorithms (Winograd, FFT) and short types (TF32, bfloat16) are not.
     """
-    key = str(device)
-    if key not in _probed:
+    if device not in _probed:
         generator = torch.Generator().manual_seed(0)
         x = torch.randint(-255, 256, (16, 16, 12, 12), generator=generator)
         w = torch.randint(-127, 128, (16, 16, 3, 3), generator=generator)
@@ -151,8 +150,8 @@ def sums_are_exact(device: torch.device) -> bool:
         right = (w.double().flatten(1) @ columns).view(16, 16, 12, 12)
         with torch.no_grad(), torch._C.DisableTorchFunction():
             got = F.conv2d(x.float().to(device), w.float().to(device), padding=1).double().cpu()
-        _probed[key] = torch.equal(got, right)
-    return _probed[key]
+        _probed[device] = torch.equal(got, right)
+    return _probed[device]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

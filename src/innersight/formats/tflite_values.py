@@ -280,8 +280,8 @@ class Out:
         return torch.clamp(x, self.low, self.high)
 
     def real(self, q: Tensor) -> Tensor:
-        """From q - zero, unclamped."""
-        return q.clamp(self.lo - self.scale.zero, self.hi - self.scale.zero).float() * self.scale.step
+        """From q - zero, unclamped, in a tensor of its own, which is overwritten."""
+        return q.clamp_(self.lo - self.scale.zero, self.hi - self.scale.zero).float().mul_(self.scale.step)
 
 
 class Pointwise:

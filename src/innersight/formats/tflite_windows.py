@@ -50,6 +50,9 @@ def _same(n: int, k: int, s: int, d: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+Edges = tuple[tuple[int, int], tuple[int, int]]
+
+
 class _Window:
     """Where a convolution or pool looks: SAME or VALID, in rows and columns."""
 
@@ -62,14 +65,21 @@ class _Window:
         self.kernel, self.stride, self.dilation = kernel, (stride_h, stride_w), dilation
         self.same = site.options["padding"] == 0
         self.room = site.room
+        self.known: dict[tuple[int, int], Edges] = {}
 
-    def padding(self, x: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    def padding(self, x: Tensor) -> Edges:
         """(before, behind) for rows and for columns."""
-        sizes = tuple(zip(x.shape[-2:], self.kernel, self.stride, self.dilation, strict=True))
-        around = tuple(_same(*size) if self.same else (0, 0) for size in sizes)
-        if any(size[0] + sum(p) < (size[1] - 1) * size[3] + 1 for size, p in zip(sizes, around, strict=True)):
-            raise InputError(f"its window {self.kernel} is larger than what it reads, {tuple(x.shape[-2:])}")
-        return around[0], around[1]
+        size = x.shape[-2], x.shape[-1]
+        if size not in self.known:
+            self.known[size] = self._padding(size)
+        return self.known[size]
+
+    def _padding(self, size: tuple[int, int]) -> Edges:
+        each = tuple(zip(size, self.kernel, self.stride, self.dilation, strict=True))
+        rows, columns = (_same(*one) if self.same else (0, 0) for one in each)
+        if any(n + sum(p) < (k - 1) * d + 1 for (n, k, _, d), p in zip(each, (rows, columns), strict=True)):
+            raise InputError(f"its window {self.kernel} is larger than what it reads, {size}")
+        return rows, columns
 
     def padded(self, x: Tensor, value: float = 0.0) -> tuple[Tensor, tuple[int, int]]:
         """x with what has to be padded unevenly, and the padding that is left to the operation."""
@@ -171,7 +181,7 @@ class _Requantised(Pointwise):
 
     def __call__(self, sums: Tensor) -> Tensor:
         shape = (-1,) if self.last else (-1, 1, 1)
-        x = sums.double() + self.bias.to(sums.device).view(shape)
+        x = sums.to(torch.float64, copy=True).add_(self.bias.to(sums.device).view(shape))
         return self.out.real(self.scaling(x, shape, positive=self.out.lo >= self.out.scale.zero))
 
 
