@@ -325,6 +325,14 @@ def test_a_file_that_scales_its_pictures_itself_says_so() -> None:
     assert any("values 0..255 are assumed, since the file itself goes on with Sub 'center'" in n for n in net.notes)
 
 
+def test_where_the_answer_is_the_number_of_a_class_the_scores_are_shown() -> None:
+    nodes = [node("Conv", ["x", "w"], ["c"]), node("ArgMax", ["c"], ["y"], axis=1)]
+    found = open_onnx(build(nodes, [("x", 1, ["n", 3, 8, 8])], ["y"], _conv()))
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(found.module(x), F.conv2d(x, torch.from_numpy(_conv()["w"])), atol=1e-5)
+    assert any("the scores before it are shown" in note for note in found.notes)
+
+
 def test_integers_as_input_take_pixels() -> None:
     cast = node("Cast", ["x"], ["f"], to=1)
     model = build([cast, node("Conv", ["f", "w"], ["y"])], [("x", 2, [1, 3, 8, 8])], ["y"], _conv())
@@ -454,6 +462,23 @@ def test_a_quantised_layer_shows_real_numbers_and_has_its_twins_slope(quantised:
     assert np.abs(steps - steps.round()).max() < 1e-3
     ours, theirs = (n.explain(x, method="gradient", target=1).values for n in (net, twin))
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.8
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_saturated_score_still_has_a_gradient() -> None:
+    q = {"s": np.array(0.1, np.float32), "z": np.array(0, np.int8), "small": np.array(1e-3, np.float32)}
+    weights = {**q, "w": np.ones((192, 2), np.int8), "one": np.array(1, np.float32)}
+    nodes = [
+        node("Flatten", ["x"], ["f"]), node("QuantizeLinear", ["f", "s", "z"], ["q"]),
+        node("QLinearMatMul", ["q", "s", "z", "w", "one", "z", "small", "z"], ["m"]),
+        node("DequantizeLinear", ["m", "small", "z"], ["y"]),
+    ]  # fmt: skip
+    found = open_onnx(build(nodes, [("x", 1, ["n", 3, 8, 8])], ["y"], weights))
+    x = torch.full((1, 3, 8, 8), 0.5, requires_grad=True)
+    y = found.module(x)
+    assert testing.close(y.detach(), [[0.127, 0.127]])
+    (g,) = torch.autograd.grad(y[0, 0], x)
+    assert torch.allclose(g, torch.ones_like(g))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -46,6 +46,9 @@ MAX_COMPARED = 1 << 28
 _LOOSE = frozenset("NonZero Compress NonMaxSuppression Loop If Unique Range".split())
 _RANDOM = frozenset("RandomNormal RandomUniform RandomNormalLike RandomUniformLike Bernoulli Multinomial".split())
 _CONTROL = frozenset({"If", "Loop"})
+_AFTER_SCORES = frozenset(
+    "DequantizeLinear QuantizeLinear Softmax Sigmoid QLinearSoftmax QLinearSigmoid LogSoftmax Cast".split()
+)
 _ROUNDS = "rounds of loops\0"  # no name that a file can use for a value
 
 
@@ -74,8 +77,8 @@ def open_onnx(source: Path | bytes | Any) -> Opened:
             f"it answers {len(graph.outputs)} values ({', '.join(map(str, graph.outputs))}); output= picks one"
         )
     notes += plan.said()
-    output = tuple(plan.stored(k, v) for k, v in zip(graph.outputs, output, strict=True))
-    notes += _compared(source, file, picture, _noise(picture, shape), output, plan.stepped)
+    stored = {str(k): plan.stored(k, v) for k, v in zip(graph.outputs, output, strict=True) if k in file.outputs}
+    notes += _compared(source, picture, _noise(picture, shape), stored, plan.stepped)
     graph.known.clear()
     opened = Opened(graph, file.name, shape, preprocess, labels, notes, fixed_batch=fixed)
     opened.quantisation = plan.quantised or None
@@ -327,7 +330,7 @@ class Plan:
         self.steps: list[Step] = []
         self.notes: list[str] = []
         self.quantised: dict[str, Quantised] = {}
-        self.outputs = list(file.outputs)
+        self.outputs = self.scores(file)
         self.input = picture.name if picture else (file.inputs[0].name if file.inputs else "")
         self.batch = picture.batch if picture else None
         self.last = picture is not None and picture.last
@@ -346,6 +349,7 @@ class Plan:
             self.grids[source] = self.grids[self.input] = found
         for n in nodes:
             n.batch = self.batch
+        self.mark_scores(nodes)
         left = [n for n in nodes if not self.done(n, self.fold)]
         for n in fused(left, self.constants, self.outputs):
             self.done(n, self.add)
@@ -385,6 +389,30 @@ class Plan:
             f"{self.input} (channels last)", "Transpose", "", (source,), (self.input,), {"perm": [0, 2, 3, 1]}, 13
         )
         return [turn, *nodes]
+
+    def scores(self, file: File) -> list[str]:
+        """The outputs, numbers of classes replaced by the scores that they were chosen by."""
+        made = {o: n for n in file.nodes for o in n.outputs}
+        outputs = []
+        for name in file.outputs:
+            n = made.get(name)
+            while n is not None and n.op in ("Cast", "Squeeze", "Identity") and n.inputs[0] in made:
+                n = made[n.inputs[0]]
+            if n is not None and n.op == "ArgMax" and not n.domain:
+                self.notes.append(f"it answers with the number of a class ({name}); the scores before it are shown")
+                name = n.inputs[0]
+            if name not in outputs:
+                outputs.append(name)
+        return outputs
+
+    def mark_scores(self, nodes: list[Node]) -> None:
+        """Tell the nodes that make the answer, and those in front of a softmax or the like behind them."""
+        behind_scores = set(self.outputs)
+        for n in reversed(nodes):
+            if behind_scores & set(n.outputs):
+                n.attributes["scores"] = 1
+                if n.op in PASSING or n.op in _AFTER_SCORES:
+                    behind_scores.update(n.inputs[:1])
 
     def input_grid(self, nodes: list[Node], source: str) -> Grid | None:
         """What the integers of the input stand for: what their first reader takes them to be."""
@@ -760,22 +788,22 @@ def _fed(picture: Picture, x: torch.Tensor) -> np.ndarray:
     return array.astype(kinds[picture.type])
 
 
-def _compared(source: Any, file: File, picture: Picture, x: torch.Tensor, output: tuple, stepped: bool) -> list[str]:
+def _compared(source: Any, picture: Picture, x: torch.Tensor, output: dict[str, Any], stepped: bool) -> list[str]:
     """What ONNX Runtime says to the same noise, in a sentence."""
     try:
         import onnxruntime  # noqa: F401
     except ImportError:
         return ["ONNX Runtime is not installed, so its answers were not compared"]
-    if picture.type == 16:
-        return []
+    if picture.type == 16 or not output:
+        return ["its answers were not compared with ONNX Runtime"]
     model, _name, folder = (source, "", None) if isinstance(source, (bytes, bytearray)) else _bytes(source)
     size = len(model)
     if size > MAX_COMPARED:
         return [f"at {size / 2**20:.0f} MiB it was not compared with ONNX Runtime; onnx.agreement(path) does"]
     try:
         x = x if picture.batch is None or picture.batch == len(x) else _noise(picture, x.shape[1:], picture.batch)
-        answers = _session(bytes(model), folder).run(file.outputs, {picture.name: _fed(picture, x)})
-        worst = max(difference(o.double().numpy(), a) for o, a in zip(output, answers, strict=True))
+        answers = _session(bytes(model), folder).run(list(output), {picture.name: _fed(picture, x)})
+        worst = max(difference(o.double().numpy(), a) for o, a in zip(output.values(), answers, strict=True))
     except Exception as error:
         said = _first_line(error)
         return [f"ONNX Runtime could not run it, so its answers were not compared ({said[:120]})"]

@@ -33,6 +33,7 @@ class Grid:
 
     scale, zero: float32 tensors of one number, or shaped so that they go along an axis
     step, null:  the same as plain numbers, where there is one of each
+    ends:        whether its ends cut off the slope; not for scores, or a sure network would have no gradient at all
     """
 
     scale: Tensor
@@ -42,6 +43,7 @@ class Grid:
     dtype: str
     step: float
     null: float
+    ends: bool = True
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return self.scale.to(device), self.zero.to(device)
@@ -75,6 +77,8 @@ class Grid:
 
     def clamped(self, twin: Tensor) -> Tensor:
         """The float twin within what the integers can hold."""
+        if not self.ends:
+            return twin
         return torch.clamp(twin, self.step * (self.lo - self.null), self.step * (self.hi - self.null))
 
     def same(self, other: Grid) -> bool:
@@ -107,7 +111,7 @@ def grid(n: Node, scale: Tensor | None, zero: Tensor | None, kind: int | None = 
         raise refuse(n, "has a scale that is not a positive number")
     s, z = (t.reshape(shape) if shape is not None else t.reshape(()) if t.numel() == 1 else t for t in (s, z))
     step, null = (float(t.flatten()[0]) if t.numel() == 1 else math.nan for t in (s, z))
-    return Grid(s.clone(), z.clone(), lo, hi, dtype, step, null)
+    return Grid(s.clone(), z.clone(), lo, hi, dtype, step, null, not n.get("scores"))
 
 
 @dataclass
