@@ -357,6 +357,7 @@ def _common(rows: Sequence[int], columns: Sequence[int], fits: Callable[[int, in
 
 SURE = 0.9  # correlation from which two channels count as the same one
 OWN = 0.7  # and from which nobody looks for another
+AFFORDED = 20_000_000_000  # multiplications for finding channels in layers that are left over
 FEWEST = 16  # values of a channel below which a correlation says nothing
 
 
@@ -398,13 +399,22 @@ def by_values(
     ]
     free_a = {p.name: p for p in [*left_a, *(w.a for w in weak)] if p.name in sample_a}
     free_b = {p.name: p for p in [*left_b, *(w.b for w in weak)] if p.name in sample_b}
-    candidates = []
+    norms_a, norms_b = (
+        {name: np.sort(np.linalg.norm(samples[name].astype(np.float64), axis=1)) for name in free}
+        for samples, free in ((sample_a, free_a), (sample_b, free_b))
+    )
+    paired = {w.a.name for w in weak} | {w.b.name for w in weak}  # whose channels have been looked at already
+    candidates, cost = [], 0
     for p in free_a.values():
         for q in free_b.values():
             if p.shape != q.shape:
                 continue
             x, y = sample_a[p.name], sample_b[q.name]
-            order, match = match_channels(x, y) if reorder else (None, same_values(x, y))
+            if np.square(norms_a[p.name] - norms_b[q.name]).sum() > 0.2 * np.square(norms_a[p.name]).sum():
+                continue  # in no order of the channels can they be near enough
+            cost += len(x) ** 2 * x.shape[1]
+            moved = reorder and p.name not in paired and q.name not in paired and cost < AFFORDED
+            order, match = match_channels(x, y) if moved else (None, same_values(x, y))
             found = Pair(p, q, "", order, match)
             agreement = _agreement(found, x, y)
             if agreement >= 0.99 or (x.shape[1] >= FEWEST and match is not None and match >= SURE and agreement >= 0.8):
@@ -452,23 +462,24 @@ def match_channels(a: np.ndarray, b: np.ndarray) -> tuple[tuple[int, ...] | None
     at_home, live = (p * q).sum(1), p.any(1)
     if (at_home >= OWN)[live].all():
         return None, own
-    matrix = p @ q.T
+    matrix = p.astype(np.float32) @ q.astype(np.float32).T
     count = len(matrix)
     order = np.full(count, -1)
     stay = np.flatnonzero(at_home >= np.minimum(SURE, matrix.max(1) - 0.1))
     order[stay] = stay
     off = live & (order < 0)
-    free_a, free_b = np.setdiff1d(np.arange(count), stay), np.setdiff1d(np.arange(count), stay)
-    sub = matrix[np.ix_(free_a, free_b)]
-    for flat in np.argsort(-sub, axis=None, kind="stable"):
-        i, j = np.unravel_index(flat, sub.shape)
-        if sub[i, j] < SURE:
-            break
-        if order[free_a[i]] < 0 and free_b[j] not in order:
-            order[free_a[i]] = free_b[j]
-    if not off.any() or (order[off] >= 0).mean() < 0.8:
+    matrix[:, stay] = -1
+    if not off.any() or (matrix[off].max(1) >= SURE).mean() < 0.8:
         return None, own
-    left = [j for j in range(count) if j not in set(order.tolist())]
+    near = np.argwhere((matrix >= SURE) & (order < 0)[:, None])
+    taken = set(stay.tolist())
+    for i, j in near[np.argsort(-matrix[near[:, 0], near[:, 1]], kind="stable")].tolist():
+        if order[i] < 0 and j not in taken:
+            order[i] = j
+            taken.add(j)
+    if (order[off] >= 0).mean() < 0.8:
+        return None, own
+    left = [j for j in range(count) if j not in taken]
     for i in map(int, np.flatnonzero(order < 0)):  # nobody's: where they stand, or what is left in order
         order[i] = left.pop(left.index(i)) if i in left else -1
     for i in np.flatnonzero(order < 0):

@@ -32,7 +32,7 @@ table { border-collapse: collapse; font-size: .85rem; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem; border-bottom: 1px solid var(--line) }
 th { white-space: nowrap; background: var(--card) }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-td.name { font-family: ui-monospace, monospace; font-size: .8rem; overflow-wrap: anywhere; min-width: 12rem }
+td.name { font-family: ui-monospace, monospace; font-size: .8rem; overflow-wrap: anywhere; min-width: 10rem }
 td.short { white-space: nowrap }
 tr.mark td { background: var(--mark) }
 .note { color: var(--faint); font-size: .9rem }
