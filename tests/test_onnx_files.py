@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from innersight import errors
-from innersight.formats import onnx as reader
-from innersight.formats import onnx_limits
+from innersight.formats import onnx_limits, onnx_plan
 from innersight.formats.onnx import open_onnx
 from innersight.formats.onnx_operators import OPERATORS
 
@@ -217,7 +216,7 @@ def _loop(inner: list[Any] | None = None, trips: str = "", **weights: Any) -> An
 
 @pytest.fixture
 def few_trips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MAX_TRIPS", 200)
+    monkeypatch.setattr(onnx_plan, "MAX_TRIPS", 200)
 
 
 @pytest.mark.usefixtures("few_trips")

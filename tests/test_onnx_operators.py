@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from innersight import errors
-from innersight.formats import onnx as reader
 from innersight.formats.onnx_file import read
+from innersight.formats.onnx_plan import results, run, supported
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -58,9 +58,9 @@ def _computed(model: Any, inputs: Any) -> list[torch.Tensor]:
     values: dict[str, Any] = dict(file.weights)
     values.update((i.name, _tensor(v)) for i, v in zip(model.graph.input, inputs, strict=False))
     for n in file.nodes:
-        reader.supported(n)
+        supported(n)
     for n in file.nodes:
-        made = reader._results(reader.run(n, [values[i] if i else None for i in n.inputs], values))
+        made = results(run(n, [values[i] if i else None for i in n.inputs], values))
         values.update((name, v) for name, v in zip(n.outputs, made, strict=False) if name)
     return [values[o] for o in file.outputs]
 
