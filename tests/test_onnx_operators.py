@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from innersight import errors
 from innersight.formats.onnx_file import read
-from innersight.formats.onnx_plan import results, run, supported
+from innersight.formats.onnx_plan import operators, results, run, supported
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -101,6 +103,14 @@ def test_the_specifications_own_node_tests_come_out_right() -> None:
     if version >= (1, 23):
         assert right >= 940
     assert other_types < 250
+
+
+def test_the_documentation_lists_the_operators() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "onnx.md").read_text(encoding="utf-8")
+    listed = re.search(r"<!-- operators -->(.*)<!-- /operators -->", text, re.DOTALL)
+    assert listed is not None
+    own, contrib = (re.findall(r"\w+", part) for part in listed[1].split("Of `com.microsoft`:"))
+    assert (own, contrib) == operators()
 
 
 # --- random attributes, against ONNX Runtime -------------------------------------------------------------------------

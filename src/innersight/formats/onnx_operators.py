@@ -11,7 +11,7 @@ The reference is the operators' specification (https://onnx.ai/onnx/operators), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -1323,8 +1323,3 @@ def _grid_sample(n: Node, x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 @operator("AffineGrid", host=(1,))
 def _affine_grid(n: Node, theta: torch.Tensor, size: Value) -> torch.Tensor:
     return F.affine_grid(theta, ints(size), align_corners=bool(n.get("align_corners", 0)))
-
-
-def names(domains: Iterable[str] = ("",)) -> list[str]:
-    """The operators that are known, as the documentation lists them."""
-    return sorted(name for name in OPERATORS if (":" not in name) == ("" in domains))

@@ -347,6 +347,12 @@ def real(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.is_floating_point() else value
 
 
+def operators() -> tuple[list[str], list[str]]:
+    """The operators that are known: ONNX's own, and those of `com.microsoft`."""
+    own = {name for name in OPERATORS if ":" not in name} | {"Constant", *_CONTROL}
+    return sorted(own), sorted(name.partition(":")[2] for name in OPERATORS if ":" in name)
+
+
 def supported(n: Node) -> None:
     """Raises Unsupported for a node that is not known here."""
     if n.op in _RANDOM and n.domain == "":
