@@ -31,7 +31,14 @@ ALLOWED = {
     "network": {"formats", "images", "inquiry", "layers", "maximize", "methods", "observe", "results", "targets"},
     "maximize": {"formats", "layers", "observe", "preprocess", "results", "targets"},
     "data": {"data", "preprocess"},
-}
+    "comparison": {
+        "comparison", "draw", "images", "inquiry", "layers", "methods", "network", "observe", "results", "storage",
+        "targets",
+    },
+    "viewer": {
+        "comparison", "draw", "images", "inquiry", "methods", "network", "observe", "storage", "targets", "viewer",
+    },
+}  # fmt: skip
 
 
 def imported(file, everything=True):
