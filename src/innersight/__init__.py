@@ -25,6 +25,8 @@ _HOME = {
     "Comparison": "innersight.comparison",
     "report": "innersight.viewer.report",
     "view": "innersight.viewer.server",
+    "scan": "innersight.scanning",
+    "Scan": "innersight.scanning",
     "InnersightError": "innersight.errors",
 }
 _MODULES = ("errors", "images", "targets", "results", "testing", "methods")
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from innersight.network import open as open
     from innersight.preprocess import Preprocess as Preprocess
     from innersight.results import load as load
+    from innersight.scanning import Scan as Scan
+    from innersight.scanning import scan as scan
     from innersight.viewer.report import report as report
     from innersight.viewer.server import view as view
 

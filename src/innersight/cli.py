@@ -102,10 +102,14 @@ def _sentence(error: Exception) -> str:
 
 _FLAGS = {
     "output=": "--output-name ", "layers=": "--layer ", "trust=True": "--trust", "limit=None": "--limit 0",
+    "resume=True": "--resume",
     "composite=": "--option composite=",
 }  # fmt: skip
-_NAMES = "arch fuse weights labels layers? input_shape preprocess output device method target channel at composite"
-_KEYWORD = re.compile(rf"(?<![\w.-])(?:trust=True|limit=None|(?:{'|'.join(_NAMES.split())})=)")
+_NAMES = (
+    "arch fuse weights labels layers? input_shape preprocess output device method target "
+    "channel at composite root shard crops sensitivity"
+)
+_KEYWORD = re.compile(rf"(?<![\w.-])(?:trust=True|limit=None|resume=True|(?:{'|'.join(_NAMES.split())})=)")
 
 
 def _as_options(text: str) -> str:
@@ -1065,8 +1069,8 @@ def _second(model: Model, source: str) -> Network:
 
 
 @main.command()
-@click.argument("data", metavar="DATA")
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The folder that is written.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR",
+              help="The folder that is written.")  # fmt: skip
 @click.option("--layer", "--layers", "names", multiple=True, metavar="NAME|KIND",
               help="Watch these, or all of a kind (Conv2d); repeatable, or a comma list. Default: every layer with "
               "channels.")  # fmt: skip
@@ -1081,8 +1085,9 @@ def _second(model: Model, source: str) -> Network:
 @click.option("--merge", "shards", multiple=True, type=click.Path(path_type=Path), metavar="SHARD",
               help="Folder of a shard to take over; repeatable. What no shard counted is counted.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
-@click.option("--root", type=click.Path(path_type=Path), metavar="DIR", help="Where the files of mnist and cifar10 are.")
+@click.option("--root", type=click.Path(path_type=Path), metavar="DIR", help="Where the files of mnist, cifar10 are.")
 @_on_model()
+@click.argument("data")
 def scan(model: Model, data: str, names: tuple[str, ...], shard: str | None, shards: tuple[Path, ...], out: Path,
          as_json: bool, **options: Any) -> None:  # fmt: skip
     """What a whole data set does in MODEL, kept in a folder.

@@ -1,0 +1,273 @@
+"""What a scan counts of each channel, and how two counts become one.
+
+A count is a dict of arrays named "LAYER/FIELD", LAYER being the number of the layer in the plan of the scan. Fields,
+for C channels, k kept tops and K classes:
+
+    images (C,)        images with a finite cell               cells (C,)         finite cells
+    sum, square (C,)   over cells, float64                     low, high (C,)     smallest and greatest cell
+    zeros, nonfinite (C,)  cells                               fires (C,)         images with a cell above zero
+    histogram (C, BINS)    of `SAMPLED` cells an image, see `bins`
+    mean, mean_square (C,) over images, of the mean of an image's cells
+    top_value, top_image, top_y, top_x (k, C)  the strongest cell of the strongest images, ties to the lower image
+    class_sum (K, C), class_count (K,), class_square (C,)  of the means of images that have a class, by class
+    cross (C, C)       sums of products of the means of images
+
+Counts are integers or float64, so `merge` is exact but for the rounding of float64, and that does not depend on when
+which block was counted: blocks are merged along one fixed tree (`store`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Counts = dict[str, np.ndarray]
+
+SAMPLED = 16
+"""Cells an image that enter the histogram (and the quantiles read from it); all of them where a map has no more."""
+
+_LOWEST, _HIGHEST = -10, 16  # octaves: 2 ** -10 to 2 ** 16
+_PER_OCTAVE = 4
+_SIDE = (_HIGHEST - _LOWEST) * _PER_OCTAVE + 1  # bins of one sign; the innermost is what is nearer to 0 than 2 ** -10
+BINS = 2 * _SIDE + 1
+
+
+def bins(values: np.ndarray) -> np.ndarray:
+    """The bin of each float32: four an octave of its magnitude, one for 0; what is beyond 2 ** 16 is in the last.
+
+    The first two bits of the mantissa follow the exponent in a float's own bits, so a shift finds the bin.
+    """
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.int32)
+    magnitude = (bits & 0x7FFFFFFF) >> (23 - 2)
+    step = np.clip(magnitude - ((127 + _LOWEST) * _PER_OCTAVE - 2), 1, _SIDE)
+    return np.where(values == 0, _SIDE, np.where(bits < 0, _SIDE - step, _SIDE + step))
+
+
+def edges() -> np.ndarray:
+    """(BINS, 2): the lower and upper edge of each bin."""
+    octave, part = np.divmod(np.arange(_SIDE), _PER_OCTAVE)
+    above = 2.0 ** (_LOWEST + octave) * (1 + part / _PER_OCTAVE)  # the outer edge of each bin
+    inner = np.concatenate([[0.0], above[:-1]])
+    positive = np.stack([inner, above], 1)
+    return np.concatenate([-positive[::-1, ::-1], np.zeros((1, 2)), positive])
+
+
+def quantiles(histogram: np.ndarray, shares: Sequence[float], low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(C, len(shares)) from histograms (C, BINS), linear inside of a bin and no further than the extremes (C,).
+
+    Off by a bin at most: a quarter of the value, 2 ** -10 around zero. NaN where nothing was counted.
+    """
+    below = np.cumsum(histogram, 1, dtype=np.float64)
+    total = below[:, -1:]
+    bounds = edges()
+    found = np.full((len(histogram), len(shares)), np.nan)
+    for i, share in enumerate(shares):
+        rank = share * total[:, 0]
+        at = np.minimum((below < rank[:, None]).sum(1), BINS - 1)
+        at = np.where(rank == 0, (histogram > 0).argmax(1), at)
+        inside = np.take_along_axis(histogram, at[:, None], 1)[:, 0]
+        before = np.take_along_axis(below, at[:, None], 1)[:, 0] - inside
+        share_of_bin = np.divide(rank - before, inside, out=np.zeros(len(at)), where=inside > 0)
+        value = bounds[at, 0] + share_of_bin * (bounds[at, 1] - bounds[at, 0])
+        found[:, i] = np.where(total[:, 0] > 0, np.clip(value, low, high), np.nan)
+    return found
+
+
+def positions(image: int, cells: int, count: int = SAMPLED) -> np.ndarray:
+    """Which cells of an image's map enter the histogram: `count`, spread evenly from a place hashed from its id.
+
+    The steps are the golden section of the map, made prime to its size, so that no cell is met twice.
+    """
+    if cells <= count:
+        return np.arange(cells)
+    step = max(1, round(cells * 0.6180339887498949))
+    while math.gcd(step, cells) != 1:
+        step += 1
+    return (_hashed(image) % cells + step * np.arange(count)) % cells
+
+
+def _hashed(number: int) -> int:
+    """64 bits that look like chance (the finalizer of SplitMix64)."""
+    x = (number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
+
+
+def look(maps: torch.Tensor, ids: Sequence[int]) -> dict[str, np.ndarray]:
+    """What is kept of a batch of maps (n, C, H, W) of these images: numbers for each image and channel, (n, C)."""
+    import torch
+
+    width = maps.shape[-1]
+    x = maps.detach().flatten(2).float()
+    n, channels, cells = x.shape
+    spread, mean = torch.var_mean(x, -1, correction=0)
+    finite: Any = torch.full((1, 1), cells).expand(n, channels)
+    finite_x = x
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(spread).all()):
+        good = torch.isfinite(x)
+        finite = good.sum(-1)
+        exact = x.masked_fill(~good, 0).double()
+        mean = exact.sum(-1) / finite.clamp(min=1)
+        spread = ((exact - mean[..., None]) ** 2).mul(good).sum(-1) / finite.clamp(min=1)
+        finite_x = x.masked_fill(~good, -math.inf)
+        low = x.masked_fill(~good, math.inf).amin(-1)
+    else:
+        low = x.amin(-1)
+    high, at = finite_x.max(-1)
+    where = torch.from_numpy(np.stack([positions(i, cells) for i in ids])).to(x.device)
+    found = {
+        "mean": mean, "spread": spread, "finite": finite, "low": low, "high": high, "at_y": at // width,
+        "at_x": at % width, "zeros": (x == 0).sum(-1), "sample": x.gather(2, where[:, None].expand(n, channels, -1)),
+    }  # fmt: skip
+    return {name: value.cpu().numpy() for name, value in found.items()} | {"cells": np.full(n, cells)}
+
+
+def count(
+    looks: Sequence[Mapping[str, np.ndarray]], channels: int, ids: np.ndarray, top: int, classes: np.ndarray | None,
+    class_count: int, cross: bool,
+) -> Counts:  # fmt: skip
+    """The fields of one layer over a block of images, from what `look` kept of its batches.
+
+    ids:         (n,) ascending
+    classes:     (n,) the class of each image, -1 where it has none; None to leave class means out
+    class_count: K
+    """
+    if not looks:
+        return empty(channels, top, class_count if classes is not None else 0, cross)
+    joined = {
+        name: np.concatenate([one[name] for one in looks]) for name in looks[0] if name != "sample"
+    }  # the samples of batches differ in length where maps do
+    cells, mean = joined["finite"].astype(np.int64), joined["mean"].astype(np.float64)
+    seen = cells > 0
+    mean = np.where(seen, mean, 0)
+    counts: Counts = {
+        "images": seen.sum(0, dtype=np.int64),
+        "cells": cells.sum(0),
+        "sum": (mean * cells).sum(0),
+        "square": ((joined["spread"].astype(np.float64) + mean**2) * cells).sum(0),
+        "low": joined["low"].min(0),
+        "high": joined["high"].max(0),
+        "zeros": joined["zeros"].sum(0, dtype=np.int64),
+        "nonfinite": (joined["cells"][:, None] - cells).sum(0),
+        "fires": (joined["high"] > 0).sum(0, dtype=np.int64),
+        "histogram": sum(_histogram(one["sample"]) for one in looks),  # type: ignore[dict-item]
+        "mean": mean.sum(0),
+        "mean_square": (mean**2).sum(0),
+    }
+    strength = np.where(seen, joined["high"], -np.inf).astype(np.float32)
+    order = np.argsort(-strength, axis=0, kind="stable")[:top]
+    tops = {
+        "top_value": np.take_along_axis(strength, order, 0),
+        "top_image": ids[order],
+        "top_y": np.take_along_axis(joined["at_y"], order, 0),
+        "top_x": np.take_along_axis(joined["at_x"], order, 0),
+    }
+    counts |= _padded(tops, top, channels)
+    if classes is not None:
+        sums = np.zeros((class_count, channels))
+        for k in np.unique(classes[classes >= 0]):
+            sums[k] = mean[classes == k].sum(0)
+        counts["class_sum"] = sums
+        counts["class_count"] = np.bincount(classes[classes >= 0], minlength=class_count)
+        counts["class_square"] = (mean[classes >= 0] ** 2).sum(0)
+    if cross:
+        counts["cross"] = mean.T @ mean
+    return counts
+
+
+def _histogram(sample: np.ndarray) -> np.ndarray:
+    """(C, BINS) of samples (n, C, s); what is not finite is left out."""
+    channels = sample.shape[1]
+    flat = bins(sample) + BINS * np.arange(channels)[:, None]
+    finite = np.isfinite(sample)
+    flat = flat.ravel() if finite.all() else flat[finite]
+    return np.bincount(flat, minlength=channels * BINS).reshape(channels, BINS).astype(np.uint32)
+
+
+_TOPS = ("top_value", "top_image", "top_y", "top_x")
+
+
+def _padded(tops: Mapping[str, np.ndarray], top: int, channels: int) -> Counts:
+    """Tops as (top, C) also where there were fewer images; the places left over hold -inf and image -1."""
+    kinds = {"top_value": np.float32, "top_image": np.int64, "top_y": np.int32, "top_x": np.int32}
+    full = {}
+    for name, kind in kinds.items():
+        full[name] = np.full((top, channels), -np.inf if name == "top_value" else -1, kind)
+        full[name][: len(tops[name])] = tops[name]
+    nothing = np.isneginf(full["top_value"])
+    for name in _TOPS[1:]:
+        full[name][nothing] = -1
+    return full
+
+
+def empty(channels: int, top: int, class_count: int = 0, cross: bool = False) -> Counts:
+    """The count of no image: merged with another it changes nothing."""
+    integers = {name: np.zeros(channels, np.int64) for name in ("images", "cells", "zeros", "nonfinite", "fires")}
+    floats = {name: np.zeros(channels) for name in ("sum", "square", "mean", "mean_square")}
+    nothing = np.zeros((0, channels))
+    counts: Counts = {
+        **integers, **floats, "low": np.full(channels, np.inf, np.float32),
+        "high": np.full(channels, -np.inf, np.float32), "histogram": np.zeros((channels, BINS), np.uint32),
+        **_padded(dict.fromkeys(_TOPS, nothing), top, channels),
+    }  # fmt: skip
+    if class_count:
+        counts["class_sum"] = np.zeros((class_count, channels))
+        counts["class_count"] = np.zeros(class_count, np.int64)
+        counts["class_square"] = np.zeros(channels)
+    if cross:
+        counts["cross"] = np.zeros((channels, channels))
+    return counts
+
+
+def merge(left: Counts, right: Counts) -> Counts:
+    """The count of both; of the same plan. Which is which matters only for the rounding of sums in float64."""
+    merged: Counts = {}
+    for name, a in left.items():
+        b, field = right[name], name.rpartition("/")[2]
+        if field == "low":
+            merged[name] = np.minimum(a, b)
+        elif field == "high":
+            merged[name] = np.maximum(a, b)
+        elif field == "top_value":
+            merged |= _merged_tops(left, right, name.removesuffix(field))
+        elif field not in _TOPS:
+            merged[name] = a + b
+    return merged
+
+
+def _merged_tops(left: Counts, right: Counts, layer: str) -> Counts:
+    both = {f: np.concatenate([left[layer + f], right[layer + f]]) for f in _TOPS}
+    order = np.lexsort((both["top_image"], -both["top_value"].astype(np.float64)), axis=0)
+    order = order[: len(left[layer + "top_value"])]
+    return {layer + f: np.take_along_axis(both[f], order, 0) for f in _TOPS}
+
+
+def selectivity(counts: Counts) -> np.ndarray:
+    """(C,) the share of the variance of an image's mean that its class explains: 0 none, 1 all (eta squared).
+
+    NaN for channels whose mean never changes. Of images that have a class.
+    """
+    n = counts["class_count"][:, None].astype(np.float64)
+    sums = counts["class_sum"]
+    total = n.sum()
+    between = np.divide(sums**2, n, out=np.zeros_like(sums), where=n > 0).sum(0) - sums.sum(0) ** 2 / max(total, 1)
+    all_of_it = counts["class_square"] - sums.sum(0) ** 2 / max(total, 1)
+    wide = all_of_it > 1e-12 * np.maximum(counts["class_square"], 1e-300)
+    return np.divide(between, all_of_it, out=np.full(len(all_of_it), np.nan), where=wide).clip(0, 1)
+
+
+def correlation(counts: Counts) -> np.ndarray:
+    """(C, C) between the channels' means of images; NaN where one never changes."""
+    n, mean = counts["images"].max(initial=0), counts["mean"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        covariance = counts["cross"] - np.outer(mean, mean) / max(n, 1)
+        variance = np.diag(covariance).copy()
+        variance[variance <= 1e-12 * np.diag(counts["cross"])] = np.nan
+        return (covariance / np.sqrt(np.outer(variance, variance))).clip(-1, 1)
