@@ -190,6 +190,20 @@ def nested(keras: Any) -> Iterator[tuple[str, Any]]:
     y = L.Conv2D(4, 3, name="c1")(augment(x))
     yield "sequential_inside", keras.Model(x, L.Dense(2, activation="sigmoid", name="d")(L.Flatten(name="f")(y)))
 
+    x = keras.Input((None, None, 3), name="picture")
+    base = keras.Model(x, L.Conv2D(6, 3, name="c2")(L.ReLU(6.0, name="r1")(L.Conv2D(4, 3, name="c1")(x))), name="base")
+    styles = {
+        "tf": lambda x: x / 127.5 - 1.0,
+        "torch": lambda x: (x * (1 / 255) - 0.45) / 0.22,
+        "caffe": lambda x: x[..., ::-1] - np.float32([103.939, 116.779, 123.68]),
+    }
+    for style, scaled in styles.items():
+        if style == "caffe" and getattr(getattr(keras, "config", None), "backend", str)() == "torch":
+            continue  # which knows no negative steps
+        x = keras.Input((16, 12, 3), name="picture")
+        y = L.GlobalAveragePooling2D(name="gap")(base(scaled(L.RandomFlip(name="flip")(x))))
+        yield f"transfer_{style}", keras.Model(x, L.Dense(2, activation="softmax", name="head")(y))
+
     x = keras.Input(SHAPE, name="picture")
     y = L.Conv2D(4, 3, name="c1")(x)
     yield "two_outputs", keras.Model(x, [L.GlobalMaxPooling2D(name="g")(y), L.Conv2D(2, 1, name="c2")(y)])

@@ -131,13 +131,30 @@ def test_every_layer_of_every_class_has_the_value_of_keras(
     assert compared > 350
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("style", ["tf", "torch", "caffe"])
+@pytest.mark.usefixtures("here")
+def test_pixels_are_given_to_a_network_that_scales_them_by_arithmetic(
+    recorded: Callable[[str], tuple[Path, str]], engine: str, style: str
+) -> None:
+    path = recorded(engine)[0] / f"transfer_{style}.h5"
+    if engine == "torch" and style == "caffe":
+        assert not path.exists()  # Keras on torch knows no negative steps
+        return
+    net = innersight.open(path)
+    assert net.preprocess is not None
+    assert net.preprocess.scale == 1
+    assert any("pixels 0..255" in note for note in net.notes)
+    assert "base/c1" in net.layers
+
+
 def test_keras_could_make_nearly_all_of_the_models(recorded: Callable[[str], tuple[Path, str]]) -> None:
     for engine in ENGINES:
         _, said = recorded(engine)
         missing = {line.partition(":")[0] for line in said.splitlines()}
         # LayerNormalization over rows fails in Keras on torch; tf.keras 2 cannot write an ellipsis into a .keras file.
         # RMSNormalization is of Keras 3 alone, ThresholdedReLU of tf.keras 2.
-        assert missing <= {"layer_norm_rows", "op_index.keras", "rms_norm", "thresholded"}, said
+        assert missing <= {"layer_norm_rows", "op_index.keras", "transfer_caffe.keras", "rms_norm", "thresholded"}, said
 
 
 # --- whole networks --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The files are written here with h5py and zipfile alone: neither Keras nor Tensor
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import torch
 
 import innersight
 from innersight.errors import InputError, Unsupported
-from innersight.formats import keras, keras_file
+from innersight.formats import keras, keras_file, keras_layers
 from innersight.formats.keras import open_keras
 from innersight.observe.passes import Request
 from keras_reading import read_here
@@ -127,7 +128,7 @@ def test_pixels_are_given_where_the_network_scales_them_itself(tmp_path: Path) -
     net = innersight.open(write_keras(tmp_path / "scaled.keras", sequential(layers)))
     assert net.preprocess is not None
     assert net.preprocess.scale == 1
-    assert any("takes pixels 0..255" in note for note in net.notes)
+    assert any("is for pixels 0..255" in note for note in net.notes)
     white = np.full((8, 8, 3), 255, np.uint8)
     expected = by_hand(torch.ones(1, 3, 8, 8)).numpy()
     np.testing.assert_allclose(net.predict(white).logits, expected, atol=1e-6)
@@ -164,6 +165,26 @@ def test_a_module_stands_for_a_class_of_the_users_own(written: Callable[..., Pat
     np.testing.assert_allclose(net.predict(x).logits, by_hand(x).numpy(), atol=1e-6)
     assert net.layers["times"].kind == "Times"
     assert net.maps(x, "times")["times"].shape == (2, 4, 6, 6)
+
+
+def test_a_module_stands_for_an_activation_of_the_users_own(written: Callable[..., Path]) -> None:
+    layers = chain()
+    layers[1]["config"]["activation"] = {"module": "builtins", "class_name": "function", "config": "swirl"}
+    net = innersight.open(written(layers), custom={"swirl": lambda *_: torch.nn.ReLU()})
+    x = torch.randn(2, 3, 8, 8)
+    np.testing.assert_allclose(net.predict(x).logits, by_hand(x).numpy(), atol=1e-6)
+
+
+def test_weights_that_are_not_understood_are_not_passed_over(written: Callable[..., Path]) -> None:
+    layers = chain()
+    layers[1]["config"]["use_bias"] = False
+    with pytest.raises(Unsupported, match="Conv2D 'conv' has more weights than are known of its kind"):
+        innersight.open(written(layers))
+    policy = {"module": "keras", "class_name": "QuantizedDTypePolicy", "config": {"name": "int8_from_float32"}}
+    layers = chain()
+    layers[-1]["config"]["dtype"] = policy
+    with pytest.raises(Unsupported, match=r"Dense 'dense' is quantised by Keras \(int8_from_float32\)"):
+        innersight.open(written(layers))
 
 
 def test_a_class_of_another_package_is_not_taken_for_keras_own(tmp_path: Path) -> None:
@@ -274,9 +295,10 @@ def test_models_that_call_each_other_twice_do_not_grow_without_end(tmp_path: Pat
     inner = functional([[["picture", 0, 0, {}]]])
     for i in range(25):
         inner = twice(f"m{i}", inner)
+    weights = {"m": {f"conv/{name}": array for name, array in weights_of()["conv"].items()}}
+    path = write_h5(tmp_path / "twice.h5", inner, weights)
     with pytest.raises(InputError, match="more than 20,000 calls of layers"):
-        weights = {"m": {f"conv/{name}": array for name, array in weights_of()["conv"].items()}}
-        open_keras(write_h5(tmp_path / "twice.h5", inner, weights))
+        open_keras(path)
 
 
 def test_weights_must_fit_the_configuration(written: Callable[..., Path]) -> None:
@@ -284,7 +306,7 @@ def test_weights_must_fit_the_configuration(written: Callable[..., Path]) -> Non
     layers[1]["config"]["filters"] = 2**31
     with pytest.raises(InputError, match=r"Conv2D 'conv' has weights 'kernel' of shape \(3, 3, 3, 4\)"):
         innersight.open(written(layers))
-    with pytest.raises(InputError, match=r"Conv2D 'another' has no weights 'kernel' in the file"):
+    with pytest.raises(InputError, match=r"Conv2D 'another' has no weights 'kernel' in the file; save"):
         innersight.open(written(chain(layer("Conv2D", "another", filters=3, kernel_size=3))))
 
 
@@ -534,6 +556,17 @@ def disturb(config: Any, rng: np.random.Generator) -> None:
         del where[key]
     else:
         where[key] = odd[rng.integers(len(odd))]
+
+
+def test_slices_are_those_of_numpy() -> None:
+    x = torch.arange(2 * 5 * 7 * 3.0).reshape(2, 5, 7, 3)
+    parts = [slice(None), slice(None, None, -1), slice(4, None, -2), slice(-1, 0, -2), slice(1, -1), -1, None,
+             slice(None, 2, -1)]  # fmt: skip
+    for a, b, c in itertools.product(parts, repeat=3):
+        for key in ((slice(None), a, b, c), (slice(None), a, ..., c)):
+            if sum(k is not None and k is not ... for k in key) <= 4:
+                found = keras_layers.OPERATIONS["getitem"](keras_layers.Value(x), list(key)).tensor
+                np.testing.assert_array_equal(found.numpy(), x.numpy()[key])
 
 
 def test_every_layer_name_is_found_in_a_run(written: Callable[..., Path]) -> None:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from innersight.errors import InnersightError, InputError, Unsupported
-from innersight.formats import Opened
+from innersight.formats import Assumed, Opened
 from innersight.formats.keras_file import Contents, Weight, configuration, read
-from innersight.formats.keras_graph import Assembly, Layer, Model, parse, refs_in
+from innersight.formats.keras_graph import Assembly, Layer, Model, operation_name, parse, refs_in
 from innersight.formats.keras_layers import MAX_VALUE, Value
 from innersight.preprocess import Preprocess
 
@@ -233,11 +233,12 @@ def _known_side(model: Model) -> int:
 def _preparation(model: Model, shape: tuple[int, ...]) -> tuple[Preprocess | None, list[str]]:
     """What is done to a picture, and what was found or assumed of it."""
     first = next((x for x in _walk(model) if not _passes(x)), None)
-    if first is not None and first.kind in ("Rescaling", "Normalization") and len(shape) == 3 and shape[0] in (1, 3):
-        what = f"{first.kind} {first.name!r} at its front takes"
+    if first is not None and len(shape) == 3 and shape[0] in (1, 3):
+        what = f"{first.kind if first.config.get('function') is None else 'the operation'} {first.name!r} at its front"
         if _of_pixels(first):
-            return _record(shape, 1.0), [f"{what} pixels 0..255, so pictures are given as those"]
-        return _record(shape), [f"{what} values 0..1 (preprocess= changes it)"]
+            return _record(shape, 1.0), [f"{what} is for pixels 0..255, so pictures are given as those"]
+        if first.kind in ("Rescaling", "Normalization"):
+            return _record(shape), [f"{what} is for values 0..1 (preprocess= changes it)"]
     preprocess, notes = prepared(shape)
     known = _family(model)
     if known is not None and known[2]:
@@ -250,7 +251,7 @@ def prepared(shape: tuple[int, ...]) -> tuple[Preprocess | None, list[str]]:
     if len(shape) != 3 or shape[0] not in (1, 3):
         return None, [f"an input of shape {shape} cannot be read from a picture file; give float batches (N, C, H, W)"]
     said = "nothing says how pictures are prepared: values 0..1 are assumed; preprocess= says another (scale 1: 0..255)"
-    return _record(shape), [said]
+    return _record(shape), [Assumed(said)]
 
 
 def _record(shape: tuple[int, ...], scale: float = 1 / 255) -> Preprocess:
@@ -258,17 +259,35 @@ def _record(shape: tuple[int, ...], scale: float = 1 / 255) -> Preprocess:
 
 
 def _passes(layer: Layer) -> bool:
-    return layer.kind in _BEHIND_THE_INPUT or layer.kind.startswith("Random") or "Dropout" in layer.kind
+    """Whether what is said of the layer's output holds for its input: it moves values, or mirrors the channels."""
+    moves = layer.kind in _BEHIND_THE_INPUT or layer.kind.startswith("Random") or "Dropout" in layer.kind
+    return moves or operation_name(layer) in ("get_item", "getitem", "cast")
 
 
 def _of_pixels(layer: Layer) -> bool:
-    """Whether a layer that scales its input is made for 0..255."""
+    """Whether a layer or an operation that scales its input is made for 0..255."""
     if layer.kind == "Rescaling":
         scale = np.asarray(layer.config.get("scale", 1.0), np.float64)
         return bool(np.abs(scale).max(initial=0) < 0.5)
-    mean = np.asarray(layer.config.get("mean") or 0.0, np.float64)
-    variance = np.asarray(layer.config.get("variance") or 1.0, np.float64)
-    return bool(max(np.abs(mean).max(initial=0), variance.max(initial=0)) > 2)
+    if layer.kind == "Normalization":
+        mean = np.asarray(layer.config.get("mean") or 0.0, np.float64)
+        variance = np.asarray(layer.config.get("variance") or 1.0, np.float64)
+        return bool(max(np.abs(mean).max(initial=0), variance.max(initial=0)) > 2)
+    name = operation_name(layer)
+    numbers = [abs(n) for call in layer.calls for n in _numbers((call.args, call.kwargs))]
+    if name in ("multiply", "mul"):
+        return bool(numbers) and max(numbers) < 0.1
+    return name in ("true_divide", "truediv", "divide", "subtract", "add", "bias_add") and max(numbers, default=0) > 50
+
+
+def _numbers(tree: Any) -> list[float]:
+    if isinstance(tree, (list, tuple)):
+        return [n for item in tree for n in _numbers(item)]
+    if isinstance(tree, dict):
+        return [n for item in tree.values() for n in _numbers(item)]
+    if isinstance(tree, np.ndarray):
+        return [float(n) for n in tree.reshape(-1)[:1000]]
+    return [float(tree)] if isinstance(tree, (int, float)) and not isinstance(tree, bool) else []
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------

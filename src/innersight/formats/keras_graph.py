@@ -318,6 +318,10 @@ def _operation(kind: str) -> str:
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
+_MORE_WEIGHTS = (  # some of which do not matter once training is over, or which lie elsewhere
+    "Normalization", "BatchNormalization", "BatchNormalizationV1", "SyncBatchNormalization", "MultiHeadAttention",
+    "TimeDistributed",
+)  # fmt: skip
 _PARTS = {"query": "query_dense", "key": "key_dense", "value": "value_dense", "attention_output": "output_dense"}
 
 
@@ -326,6 +330,7 @@ class Shelf:
 
     def __init__(self, contents: Contents, model: Model):
         self.by_number = contents.by_number
+        self.any = bool(contents.weights)
         self.places: dict[str, Weight] = {}
         self.own: dict[int, list[Weight]] = {}
         if self.by_number:
@@ -357,7 +362,8 @@ class Shelf:
             weight = self._numbered(layer, names, index) if self.by_number else self._named(layer, names, index)
             label = names.rpartition("|")[2]
             if weight is None:
-                raise InputError(f"{layer.kind} {path!r} has no weights {label!r} in the file; save the model again")
+                why = "" if self.any else ": the file holds none at all, as of a model that was never built"
+                raise InputError(f"{layer.kind} {path!r} has no weights {label!r} in the file{why}; save it again")
             if self.by_number and not _belongs(weight.owner, layer, names):
                 raise InputError(f"{layer.kind} {path!r} would get the weights of {weight.owner!a}")
             value = weight.value
@@ -373,6 +379,16 @@ class Shelf:
             return value
 
         return fetch
+
+    def left(self, layer: Layer, taken: int) -> str:
+        """A weight of the layer that was not asked for: then it computes something else than is known here."""
+        if layer.kind in _MORE_WEIGHTS:
+            return ""
+        if self.by_number:
+            path = f"{layer.group}/vars/{taken}"
+            return path if path in self.places else ""
+        own = self.own.get(id(layer), [])
+        return own[-1].path if len(own) > taken else ""
 
     def all_of(self, layer: Layer) -> list[np.ndarray]:
         if not self.by_number:
@@ -590,9 +606,17 @@ class Assembly:
         elif layer.kind not in LAYERS or not layer.ours:
             raise Unsupported(_unknown(layer, path))
         else:
+            if policy := _quantised(layer):
+                raise Unsupported(
+                    f"{layer.kind} {path!r} is quantised by Keras ({policy}), which is not known here; save the model "
+                    "as it was before quantize()"
+                )
             b = Build(path, layer.kind, layer.config, self.shelf.of(layer, path), self.keras2, self.custom)
             apply = LAYERS[layer.kind](b)
             kept = b.kept
+            if more := self.shelf.left(layer, b.taken):
+                raise Unsupported(f"{layer.kind} {path!r} has more weights than are known of its kind ({more!a})")
+            self.modules |= {f"{path}/{name}": module for name, module in b.modules.items()}
         weights = [(name, (path, name)) for name in kept]
         self.constants |= {(path, name): tensor for name, tensor in kept.items()}
         self.built[id(layer)] = apply, weights
@@ -616,6 +640,17 @@ class Assembly:
             return Value(out, moved and out.dim() > 2)
 
         return apply
+
+
+def _quantised(layer: Layer) -> str:
+    """The name of a policy by which weights are kept as whole numbers with a scale; empty if it has none."""
+    policy = layer.config.get("dtype")
+    if isinstance(policy, dict):
+        config = policy.get("config")
+        name = config.get("name") if isinstance(config, dict) else None
+        whole = str(policy.get("class_name")).startswith("Quantized")
+        return str(name or policy.get("class_name")) if whole else ""
+    return policy if isinstance(policy, str) and "_from_" in policy else ""
 
 
 def _flat(tree: Any) -> Iterator[Any]:
@@ -644,8 +679,15 @@ def _function(layer: Layer) -> str:
     return found if isinstance(found, str) else ""
 
 
+def operation_name(layer: Layer) -> str:
+    """The name in OPERATIONS of what an operation does; empty for a layer."""
+    if layer.kind in _LAMBDAS:
+        return _operation(_function(layer))
+    return _operation(layer.kind) if layer.operation else ""
+
+
 def _operation_of(layer: Layer, path: str) -> Apply:
-    name = _operation(_function(layer) if layer.kind in _LAMBDAS else layer.kind)
+    name = operation_name(layer)
     if name not in OPERATIONS:
         said = _function(layer) if layer.kind in _LAMBDAS else layer.kind
         raise Unsupported(

@@ -64,6 +64,7 @@ class Build:
     keras2: bool = False
     custom: Mapping[str, Any] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    modules: dict[str, torch.nn.Module] = field(default_factory=dict)
     taken: int = 0
 
     def weight(self, names: str, shape: Sequence[int | None] | None = None, turn: Callable = lambda a: a) -> str:
@@ -276,6 +277,9 @@ def activation(b: Build, spec: Any) -> Callable[[Value], Value]:
             name = spec.get("class_name")
     if name in b.custom and isinstance(name, str):
         module = b.custom[name]({}, [])
+        if not isinstance(module, torch.nn.Module):
+            raise InputError(f"custom={{{name!r}: ...}} must return a torch.nn.Module, got {type(module).__name__}")
+        b.modules["activation"] = module.eval()
         return lambda v: Value(module(v.tensor), v.moved)
     if name is None or name == "linear":
         return lambda v: v
@@ -1033,6 +1037,7 @@ def time_distributed(b: Build) -> Apply:
     each = Build(b.name, str(kind), dict(config or {}), b.fetch, b.keras2, b.custom)
     apply_each = LAYERS[each.kind](each)
     b.kept.update(each.kept)
+    b.modules.update(each.modules)
 
     def apply(w: Weights, v: Value) -> Value:
         x = keras_order(v)
@@ -1206,8 +1211,20 @@ def _expand(v: Value, axis: Any = -1, **_: Any) -> Value:
 
 
 def _item(v: Value, key: Any = None, *, slice_spec: Any = None, **_: Any) -> Value:
-    key = slice_spec if key is None else key
-    return Value(keras_order(v)[tuple(key) if isinstance(key, (list, tuple)) else key])
+    given = slice_spec if key is None else key
+    keys = list(given) if isinstance(given, (list, tuple)) else [given]
+    if ... in keys:
+        at = keys.index(...)
+        taken = sum(k is not None and k is not ... for k in keys)
+        keys[at : at + 1] = [slice(None)] * (v.rank - taken)
+    x, axis = keras_order(v), 0
+    for i, k in enumerate(keys):
+        if isinstance(k, slice) and k.step is not None and k.step < 0:  # which torch does not know: turned first
+            places = range(*k.indices(x.shape[axis]))
+            x, first = x.flip(axis), x.shape[axis] - 1 - places.start
+            keys[i] = slice(first, first + len(places) * -k.step, -k.step)
+        axis += k is not None
+    return Value(x[tuple(keys)])
 
 
 def _matmul(x: Value, y: Any = None, *, x2: Any = None, transpose_a: bool = False, transpose_b: bool = False,
