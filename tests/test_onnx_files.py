@@ -91,6 +91,17 @@ def test_names_lead_somewhere_and_only_one_way() -> None:
     refused(build(cycle), "Add 'first' in graph waits for its own result: the nodes form a cycle")
 
 
+def test_names_of_any_kind_are_shown_in_a_line() -> None:
+    model = build([node("Relu", ["x"], ["r"], name="a\nb" * 1000), node("Neg", ["r"], ["y"])])
+    (name, other) = (step.name for step in open_onnx(model).module.steps)
+    assert name.startswith("a?ba?b")
+    assert len(name) == 200
+    assert other == "y"
+    content = model.SerializeToString().replace(b"\x01r", b"\x01\xff")  # no UTF-8
+    assert torch.equal(open_onnx(content).module(-torch.ones(1, 3, 8, 8)), torch.zeros(1, 3, 8, 8))
+    assert len(refused(build([node("Relu", ["n" * 100_000], ["y"])]), "which nothing makes")) < 400
+
+
 def test_nodes_out_of_order_are_sorted_and_unread_ones_left_out() -> None:
     nodes = [node("Neg", ["a"], ["y"]), node("Relu", ["x"], ["a"]), node("NoSuchThing", ["x"], ["unread"])]
     x = torch.randn(1, 3, 8, 8)

@@ -30,6 +30,7 @@ MAX_FILE = 1 << 31
 MAX_NODES = 200_000
 MAX_DEPTH = 20
 """Of graphs within graphs."""
+_LONG = 200
 
 
 @dataclass
@@ -134,11 +135,11 @@ def _file(model: Any, name: str, folder: Path | None) -> File:
         raise errors.Unsupported(f"{name} keeps weights as sparse tensors, which is not supported; export them dense")
     weights = {}
     for t in graph.initializer:
-        if t.name in weights:
-            raise errors.InputError(f"{name} holds the weight {t.name!r} twice")
-        weights[t.name] = reader.tensor(t)
-    inputs = [_input(v) for v in graph.input if v.name not in weights]
-    outputs = [v.name for v in graph.output]
+        if text(t.name) in weights:
+            raise errors.InputError(f"{name} holds the weight {shown(t.name)!r} twice")
+        weights[text(t.name)] = reader.tensor(t)
+    inputs = [_input(v) for v in graph.input if text(v.name) not in weights]
+    outputs = [text(v.name) for v in graph.output]
     if not outputs:
         raise errors.InputError(f"{name} has no output")
     nodes = [reader.node(n, 0) for n in graph.node]
@@ -146,8 +147,8 @@ def _file(model: Any, name: str, folder: Path | None) -> File:
     named(nodes)
     return File(
         name, opset, nodes, weights, reader.types, inputs, outputs,
-        {p.key: p.value for p in model.metadata_props},
-        f"{model.producer_name} {model.producer_version}".strip(), reader.notes(),
+        {text(p.key): text(p.value) for p in model.metadata_props},
+        shown(f"{text(model.producer_name)} {text(model.producer_version)}".strip()), reader.notes(),
     )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def _inlined(model: Any, name: str) -> Any:
         if key not in bodies:
             return 1
         if key in within or len(within) > 100:
-            raise errors.InputError(f"{name} defines the function {key[1]!r} by itself")
+            raise errors.InputError(f"{name} defines the function {shown(key[1])!r} by itself")
         if key not in sizes:
             sizes[key] = sum(size(inner, (*within, key)) for inner in bodies[key])
         return sizes[key]
@@ -181,12 +182,23 @@ def _every(nodes: Any) -> Iterator[Any]:
 
 def _input(value: Any) -> Input:
     if not value.type.HasField("tensor_type"):
-        return Input(value.name, 0, None)
+        return Input(text(value.name), 0, None)
     kind = value.type.tensor_type
     if not kind.HasField("shape"):
-        return Input(value.name, kind.elem_type, None)
+        return Input(text(value.name), kind.elem_type, None)
     sizes = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in kind.shape.dim)
-    return Input(value.name, kind.elem_type, sizes)
+    return Input(text(value.name), kind.elem_type, sizes)
+
+
+def text(name: Any) -> str:
+    """A name of the protobuf's, which hands out bytes where they are not UTF-8."""
+    return name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else str(name)
+
+
+def shown(name: Any) -> str:
+    """The name as tables and sentences show it: printable, and not without end."""
+    name = "".join(c if c.isprintable() else "?" for c in text(name)[:_LONG])
+    return name if len(name) < _LONG else f"{name[: _LONG - 1]}…"
 
 
 class _Reader:
@@ -207,12 +219,12 @@ class _Reader:
         self.count += 1
         if self.count > MAX_NODES:
             raise errors.InputError(f"{self.name} has more than {MAX_NODES} nodes")
-        domain = "" if n.domain == "ai.onnx" else n.domain
-        label = n.name or next((o for o in n.output if o), n.op_type)
-        attributes = {a.name: self.attribute(a, f"{n.op_type} {label!r}", depth) for a in n.attribute}
+        domain = "" if n.domain == "ai.onnx" else text(n.domain)
+        op, inputs, outputs = text(n.op_type), tuple(map(text, n.input)), tuple(map(text, n.output))
+        label = shown(text(n.name) or next((o for o in outputs if o), op))
+        attributes = {text(a.name): self.attribute(a, f"{op} {label!r}", depth) for a in n.attribute}
         scope = {p.key: p.value for p in n.metadata_props} if hasattr(n, "metadata_props") else {}
-        return Node(label, n.op_type, domain, tuple(n.input), tuple(n.output), attributes, self.opset,
-                    scope=_scope(scope))  # fmt: skip
+        return Node(label, op, domain, inputs, outputs, attributes, self.opset, scope=_scope(scope))
 
     def attribute(self, a: Any, where: str, depth: int) -> Any:
         plain = {1: "f", 2: "i", 3: "s", 6: "floats", 7: "ints", 8: "strings"}
@@ -228,17 +240,17 @@ class _Reader:
     def body(self, graph: Any, where: str, depth: int) -> Body:
         if depth > MAX_DEPTH:
             raise errors.InputError(f"{self.name} nests graphs deeper than {MAX_DEPTH}")
-        weights = {t.name: self.tensor(t, where) for t in graph.initializer}
+        weights = {text(t.name): self.tensor(t, where) for t in graph.initializer}
         nodes = [self.node(n, depth) for n in graph.node]
-        inputs = [v.name for v in graph.input if v.name not in weights]
-        return Body(nodes, weights, inputs, [v.name for v in graph.output])
+        inputs = [name for v in graph.input if (name := text(v.name)) not in weights]
+        return Body(nodes, weights, inputs, [text(v.name) for v in graph.output])
 
     def tensor(self, t: Any, where: str = "") -> torch.Tensor:
         """The tensor, after a look at whether its data has the size that its shape says."""
         import onnx
         from onnx import numpy_helper
 
-        label = where or f"the weight {t.name!r}"
+        label = where or f"the weight {shown(t.name)!r}"
         if t.data_type not in onnx.TensorProto.DataType.values() or t.data_type == 0:
             raise errors.InputError(f"{label} in {self.name} is of no known type ({t.data_type})")
         if t.data_type in (8, 14, 15):
@@ -248,7 +260,7 @@ class _Reader:
         count = math.prod(t.dims)
         bits = _BITS.get(t.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
         wanted = (count * bits + 7) // 8
-        self.types[t.name or label] = t.data_type
+        self.types[text(t.name) or label] = t.data_type
         if t.data_location == 1:
             raw = self.external(t, label, wanted)
             t = onnx.TensorProto(dims=t.dims, data_type=t.data_type, raw_data=raw)
@@ -270,23 +282,31 @@ class _Reader:
     def external(self, t: Any, label: str, wanted: int) -> bytes:
         """Data in a file of its own: a plain file in the model's folder, and no other."""
         entries = {e.key: e.value for e in t.external_data}
-        location = entries.get("location", "")
+        location = text(entries.get("location", ""))[:4096]
         if self.folder is None:
-            raise errors.InputError(f"{label} lies in a second file ({location!r}); open the model by its path")
+            raise errors.InputError(f"{label} lies in a second file ({shown(location)!r}); open the model by its path")
         parts = re.split(r"[/\\]", location)
         if not location or ":" in location or "\0" in location or parts[0] == "" or ".." in parts:
-            raise errors.InputError(f"{label} in {self.name} lies at {location!r}, which is not in the model's folder")
+            raise errors.InputError(
+                f"{label} in {self.name} lies at {shown(location)!r}, which is not in the model's folder"
+            )
         path = self.folder.joinpath(*parts)
         if path.resolve() != path or not path.is_file() or path.stat().st_nlink != 1:
             reason = "there is no such file" if not path.exists() else "links are not followed"
-            raise errors.InputError(f"{label} in {self.name} lies in {location!r} beside the model, but {reason}")
+            raise errors.InputError(
+                f"{label} in {self.name} lies in {shown(location)!r} beside the model, but {reason}"
+            )
         try:
             offset, length = int(entries.get("offset") or 0), int(entries.get("length") or wanted)
         except ValueError:
-            raise errors.InputError(f"{label} in {self.name} does not say where in {location!r} it begins") from None
+            raise errors.InputError(
+                f"{label} in {self.name} does not say where in {shown(location)!r} it begins"
+            ) from None
         self.same(label, length, wanted)
         if offset < 0 or offset + wanted > path.stat().st_size:
-            raise errors.InputError(f"{location!r} is too short for {label} of {self.name}; is it the right file?")
+            raise errors.InputError(
+                f"{shown(location)!r} is too short for {label} of {self.name}; is it the right file?"
+            )
         with path.open("rb") as file:
             file.seek(offset)
             return file.read(wanted)
@@ -318,15 +338,15 @@ def ordered(nodes: list[Node], given: set[str], outputs: Iterable[str], name: st
     for i, n in enumerate(nodes):
         for o in filter(None, n.outputs):
             if o in maker or o in given:
-                raise errors.InputError(f"{n.op} {n.name!r} in {name} makes {o!r}, which is there already")
+                raise errors.InputError(f"{n.op} {n.name!r} in {name} makes {shown(o)!r}, which is there already")
             maker[o] = i
     needs = [{i for i in (*n.inputs, *captured(n)) if i} for n in nodes]
     for n, names in zip(nodes, needs, strict=True):
         if missing := sorted(v for v in names if v not in given and v not in maker):
-            raise errors.InputError(f"{n.op} {n.name!r} in {name} reads {missing[0]!r}, which nothing makes")
+            raise errors.InputError(f"{n.op} {n.name!r} in {name} reads {shown(missing[0])!r}, which nothing makes")
     for o in outputs:
         if o not in given and o not in maker:
-            raise errors.InputError(f"{name} returns {o!r}, which nothing makes")
+            raise errors.InputError(f"{name} returns {shown(o)!r}, which nothing makes")
     wanted: set[int] = set()
     todo = [maker[o] for o in outputs if o in maker]
     while todo:

@@ -94,8 +94,8 @@ class Plan:
         notes = ["it is quantised; layers are shown as the real numbers that its integers stand for"]
         if sum(step.kind == "QuantizeLinear" for step in self.steps) > 1:
             notes.append(
-                "it is quantised by QuantizeLinear and DequantizeLinear around float operators; its integers may be "
-                "one step off ONNX Runtime's, which differ as much with and without its optimizations"
+                "it is quantised by QuantizeLinear and DequantizeLinear around float operators; an integer may be one "
+                "step off ONNX Runtime's and others with it, as with and without its own optimizations"
             )
         return notes
 
