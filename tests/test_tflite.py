@@ -152,6 +152,15 @@ def test_without_onednn_a_batch_of_16_has_the_same_integers(shared_data: Shared)
     assert torch.equal(other, plain)
 
 
+def test_where_float32_sums_are_not_exact_double_ones_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    operators, x, y = quantised_conv()
+    net, picture = opened(model(operators, [x], [y])), torch.rand(2, 3, 8, 8)
+    usual = net.module(picture)
+    assert tflite_integers.sums_are_exact(torch.device("cpu"))
+    monkeypatch.setitem(tflite_integers._probed, torch.device("cpu"), False)
+    assert torch.equal(net.module(picture), usual)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The arithmetic
 
@@ -388,6 +397,16 @@ def test_a_network_is_opened_up_to_its_first_custom_operator() -> None:
     net = opened(custom("TFLite_Detection_PostProcess"))
     assert net.module(torch.rand(1, 3, 8, 8)).shape == (1, 4, 8, 8)
     assert any("TFLite_Detection_PostProcess" in n for n in net.notes)
+
+
+def test_where_the_answer_is_the_best_class_its_scores_are_shown() -> None:
+    operators, x, y = quantised_conv()
+    best = tensor("best", (1, 8, 8), "int64")
+    choose = op("ARG_MAX", [y, constant("axis", np.int32(3))], [best])
+    net = opened(model([*operators, choose], [x], [best]))
+    picture = torch.rand(2, 3, 8, 8)
+    assert torch.equal(net.module(picture), opened(model(operators, [x], [y])).module(picture))
+    assert any("number of the best class" in n for n in net.notes)
 
 
 def refused() -> dict[str, tuple[bytes, type[Exception], str]]:

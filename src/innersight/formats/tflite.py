@@ -29,7 +29,7 @@ from torch import Tensor
 
 from innersight import errors
 from innersight.errors import InputError, Unsupported
-from innersight.formats import Opened, Quantised, tflite_file, tflite_moving, tflite_windows
+from innersight.formats import Assumed, Opened, Quantised, tflite_file, tflite_moving, tflite_windows
 from innersight.formats.graph import Graph, Step
 from innersight.formats.tflite_file import Operator, TFLiteFile
 from innersight.formats.tflite_operators import quantized_input
@@ -43,6 +43,7 @@ MAX_INPUT = 1 << 25  # numbers of the input
 MAX_VALUE, MAX_VALUES = 1 << 27, 1 << 29  # numbers of one value, and of all, for one picture
 MAX_WORK = 1 << 36  # multiplications for one picture
 _LABEL_BYTES = 4 << 20
+_CHOOSE = ("ARG_MAX", "ARG_MIN")  # what is behind them is no score
 _BLOBS = re.compile(r"edgetpu|ethos|vela|neuton|hailo|coreml|_npu", re.I)
 _STATEFUL = frozenset(
     """IF WHILE CALL CALL_ONCE LSTM RNN SVDF UNIDIRECTIONAL_SEQUENCE_LSTM BIDIRECTIONAL_SEQUENCE_LSTM
@@ -142,12 +143,11 @@ class _Plan:
         self.fixed_batch: int | None = None
         self.budget = free_memory() // 4
         self.work = self.made = 0
-        self.dtypes = {t.dtype for t in file.tensors if as_scale(t) is not None and t.data is None}
         self._refuse()
         self.names = _names(file)
         self.scores = _scores(file)
         self.last = {i: op.index for op in file.operators for i in op.inputs}
-        with torch.no_grad():
+        with torch.no_grad(), _exactly(torch.device("cpu")):
             self._input()
             self.end = self._operators()
             self.outputs = self._outputs()
@@ -210,8 +210,7 @@ class _Plan:
         if shape[0] != 1:
             self.fixed_batch = shape[0]
         asked = [shape[a] for a in TURN] if turned else list(shape)
-        self._room(asked)
-        if math.prod(asked) > MAX_INPUT:
+        if math.prod(asked) > MAX_INPUT or math.prod(asked) * 8 > self.budget:
             raise InputError(f"{self.name} takes an input of shape {shape}, which is larger than what is read")
         self.input = record
         self.input_shape = tuple(asked[1:])
@@ -283,7 +282,8 @@ class _Plan:
                 said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 raise self.error(op, f"it cannot run ({said})") from None
             for i in op.inputs:
-                if self.last.get(i) == op.index and i in self.values and i not in self.file.outputs:
+                done = self.last.get(i) == op.index and op.code not in _CHOOSE
+                if done and i in self.values and i not in self.file.outputs:
                     self.values[i].sample = None
         return len(self.file.operators)
 
@@ -359,7 +359,7 @@ class _Plan:
             if value is None or value.constant or value.known:
                 continue
             maker = next((op for op in file.operators if i in op.outputs), None)
-            if maker is not None and maker.code in ("ARG_MAX", "ARG_MIN"):
+            if maker is not None and maker.code in _CHOOSE:
                 self.notes.append(
                     "the network answers with the number of the best class; the scores before it are shown"
                 )
@@ -574,7 +574,7 @@ def _preprocess(file: TFLiteFile, plan: _Plan) -> tuple[Preprocess | None, str]:
     change = "; preprocess= changes it"
     if scale is None:
         record = Preprocess(size, channels)
-        return record, f"the file does not say which values a picture takes: 0..1 is assumed{change}"
+        return record, Assumed(f"the file does not say which values a picture takes: 0..1 is assumed{change}")
     low, high = scale.real(scale.lo), scale.real(scale.hi)
 
     def near(a: float, b: float) -> bool:
@@ -592,8 +592,7 @@ def _preprocess(file: TFLiteFile, plan: _Plan) -> tuple[Preprocess | None, str]:
     elif near(-2.1, 2.64) and shape[0] == 3:
         values = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     if values is None:
-        return Preprocess(
-            size, channels
-        ), f"its input holds {low:.3g} to {high:.3g}; pictures of 0..1 are assumed{change}"
+        said = f"its input holds {low:.3g} to {high:.3g}; pictures of 0..1 are assumed{change}"
+        return Preprocess(size, channels), Assumed(said)
     record = Preprocess(size, channels, **values)
     return record, f"pictures are brought to its input's {low:.3g}..{high:.3g}, guessed from the scale{change}"
