@@ -131,6 +131,14 @@ def test_every_layer_of_every_class_has_the_value_of_keras(
     assert compared > 350
 
 
+@pytest.mark.parametrize("name", ["nested_deep.h5", "sequential_inside.keras", "transfer_tf.h5", "two_outputs.keras"])
+@pytest.mark.usefixtures("here")
+def test_small_networks_pass_the_checks_of_every_network(
+    recorded: Callable[[str], tuple[Path, str]], name: str
+) -> None:
+    assert "the gradient equals finite differences" in check_network(innersight.open(recorded("tensorflow")[0] / name))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("style", ["tf", "torch", "caffe"])
 @pytest.mark.usefixtures("here")

@@ -91,6 +91,12 @@ def write_h5(path: Path, config: Any, weights: dict[str, dict[str, np.ndarray]] 
 WRITERS = {".keras": write_keras, ".h5": write_h5}
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in this process: for what goes wrong, or right, after reading."""
+    monkeypatch.setattr(keras, "read", read_here)
+
+
 @pytest.fixture(params=WRITERS)
 def written(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]:
     """`written(layers)`: a Sequential of those layers, as a file of either kind."""
@@ -115,6 +121,7 @@ def test_a_small_file_opens_quickly_and_computes_what_it_says(written: Callable[
     assert net.input_shape == (3, 8, 8)
 
 
+@pytest.mark.usefixtures("here")
 def test_what_was_found_is_said(written: Callable[..., Path]) -> None:
     notes = " | ".join(innersight.open(written(chain())).notes)
     assert "Sequential model of Keras" in notes
@@ -175,6 +182,7 @@ def test_a_module_stands_for_an_activation_of_the_users_own(written: Callable[..
     np.testing.assert_allclose(net.predict(x).logits, by_hand(x).numpy(), atol=1e-6)
 
 
+@pytest.mark.usefixtures("here")
 def test_weights_that_are_not_understood_are_not_passed_over(written: Callable[..., Path]) -> None:
     layers = chain()
     layers[1]["config"]["use_bias"] = False
@@ -211,6 +219,7 @@ def test_a_lambda_is_refused_and_not_run(written: Callable[..., Path]) -> None:
         (layer("Reshape", "r", target_shape=None), "target_shape=None; expected whole numbers"),
     ],
 )
+@pytest.mark.usefixtures("here")
 def test_what_is_not_known_is_named(written: Callable[..., Path], entry: dict[str, Any], said: str) -> None:
     with pytest.raises((Unsupported, InputError), match=said):
         innersight.open(written(chain(entry)))
@@ -245,6 +254,7 @@ def functional(inbound: Any) -> dict[str, Any]:
     ],
 )
 @pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.usefixtures("here")
 def test_a_configuration_that_makes_no_sense(tmp_path: Path, suffix: str, config: Any, said: str) -> None:
     path = WRITERS[suffix](tmp_path / f"bad{suffix}", config)
     with pytest.raises((InputError, Unsupported), match=said) as caught:
@@ -252,6 +262,7 @@ def test_a_configuration_that_makes_no_sense(tmp_path: Path, suffix: str, config
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.usefixtures("here")
 def test_a_model_of_two_inputs_is_refused(tmp_path: Path) -> None:
     config = functional([[["picture", 0, 0, {}]]])
     other = {**layer("InputLayer", "mask", batch_shape=[None, 8, 8, 1]), "name": "mask", "inbound_nodes": []}
@@ -261,6 +272,7 @@ def test_a_model_of_two_inputs_is_refused(tmp_path: Path) -> None:
         open_keras(write_h5(tmp_path / "two.h5", config))
 
 
+@pytest.mark.usefixtures("here")
 def test_models_may_not_be_nested_without_end(tmp_path: Path) -> None:
     inner = sequential(chain())
     for _ in range(40):
@@ -269,6 +281,7 @@ def test_models_may_not_be_nested_without_end(tmp_path: Path) -> None:
         open_keras(write_keras(tmp_path / "deep.keras", inner))
 
 
+@pytest.mark.usefixtures("here")
 def test_many_layers_in_the_wrong_order_are_sorted(tmp_path: Path) -> None:
     start = {**layer("InputLayer", "picture", batch_shape=[None, 8, 8, 3]), "name": "picture", "inbound_nodes": []}
     count = 6000
@@ -285,6 +298,7 @@ def test_many_layers_in_the_wrong_order_are_sorted(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.usefixtures("here")
 def test_models_that_call_each_other_twice_do_not_grow_without_end(tmp_path: Path) -> None:
     def twice(name: str, inner: dict[str, Any]) -> dict[str, Any]:
         start = {**layer("InputLayer", "i", batch_shape=[None, 8, 8, 3]), "name": "i", "inbound_nodes": []}
@@ -301,6 +315,7 @@ def test_models_that_call_each_other_twice_do_not_grow_without_end(tmp_path: Pat
         open_keras(path)
 
 
+@pytest.mark.usefixtures("here")
 def test_weights_must_fit_the_configuration(written: Callable[..., Path]) -> None:
     layers = chain()
     layers[1]["config"]["filters"] = 2**31
@@ -326,6 +341,7 @@ def test_weights_of_another_layer_are_noticed(tmp_path: Path) -> None:
         layer("MaxPooling2D", "big", pool_size=10**12, padding="same", strides=1),
     ],
 )
+@pytest.mark.usefixtures("here")
 def test_no_layer_can_ask_for_more_than_a_picture_needs(written: Callable[..., Path], entry: dict[str, Any]) -> None:
     net = innersight.open(written(chain(entry)))
     with pytest.raises(InputError, match="'big'"):
@@ -516,9 +532,9 @@ def test_damaged_files_are_refused_or_read(tmp_path: Path, suffix: str) -> None:
             open_keras(folder / f"{i}{suffix}")
 
 
-def test_damaged_configurations_are_refused_or_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("here")
+def test_damaged_configurations_are_refused_or_run(tmp_path: Path) -> None:
     """Values of the configuration: replaced, removed, repeated. Whatever opens either runs or says why not."""
-    monkeypatch.setattr(keras, "read", read_here)
     rng = np.random.default_rng(7)
     pieces = [layer("BatchNormalization", "bn", scale=False, center=False), layer("MaxPooling2D", "pool", pool_size=2)]
     original = json.dumps(functional([[["picture", 0, 0, {}]]])), json.dumps(sequential(chain(*pieces[1:])))
