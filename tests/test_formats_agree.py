@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -76,8 +77,9 @@ def tflite(weights):
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
-    for package in ("h5py", "onnx", "keras"):
-        pytest.importorskip(package)
+    for package in ("h5py", "onnx", "keras"):  # not imported: Keras would bring TensorFlow along
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     folder = tmp_path_factory.mktemp("formats")
     torch.manual_seed(0)
     module = Network().eval()
@@ -144,3 +146,23 @@ def test_compare_pairs_the_layers_of_all(networks, pictures):
         assert found.first_divergence is None
         assert min(layer.cosine for layer in found.layers.values()) > 1 - 1e-6
         assert len(found.layers) >= 5
+
+
+def test_what_one_file_says_of_pictures_holds_beside_it_for_one_that_does_not(networks, tmp_path):
+    from PIL import Image
+
+    from innersight.network import prepared_alike
+
+    silent = networks["tflite"]
+    stated = innersight.open(Network().eval(), preprocess={"size": (SIDE, SIDE), "mean": (0.5,), "std": (0.25,)})
+    a, b = prepared_alike([silent, stated])
+    assert a.preprocess == stated.preprocess
+    assert b is stated
+    assert any("pictures are prepared as for Network" in note for note in a.notes)
+    assert not any("0..1 is assumed" in note for note in a.notes)
+    assert any("0..1 is assumed" in note for note in silent.notes)
+    Image.fromarray(np.arange(SIDE * SIDE * 3, dtype=np.uint8).reshape(SIDE, SIDE, 3)).save(tmp_path / "p.png")
+    found = innersight.compare(silent, stated, tmp_path / "p.png", method=None)
+    assert not any("What they are fed differs" in line for line in found.words())
+    other = innersight.open(Network().eval(), input_shape=(3, 20, 20), preprocess={"size": (20, 20)})
+    assert prepared_alike([silent, other])[0] is silent

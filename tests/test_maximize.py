@@ -627,3 +627,19 @@ def test_the_command_refuses_with_one_sentence(run, given, sentence):
 def test_choices_of_the_command_are_those_there_are():
     choices = {p.name: tuple(p.type.choices) for p in main.commands["maximize"].params if hasattr(p.type, "choices")}
     assert choices == {"parameterization": maximization.PARAMETERIZATIONS}
+
+
+def test_the_way_up_is_that_of_torchs_adam():
+    from innersight.maximize import _Adam
+
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 4, generator=generator)
+    theirs, ours = start.clone().requires_grad_(), start.clone()
+    peer, own = torch.optim.AdamW([theirs], lr=0.05, eps=1e-20, weight_decay=0.1), _Adam(ours, 0.1)
+    for k in range(20):
+        slope = torch.randn(3, 4, generator=generator)
+        peer.param_groups[0]["lr"] = 0.05 / (k + 1)
+        theirs.grad = -slope
+        peer.step()
+        own.up(slope, 0.05 / (k + 1))
+    assert torch.allclose(ours, theirs, atol=1e-6)

@@ -534,21 +534,17 @@ class _Search:
         s, net = self.settings, self.net
         moves = torch.rand((s.steps, 4), generator=s.random(1)) * 2 - 1
         leaf = start.detach().clone().requires_grad_()
-        # the gradient of a mean over many units is small beside Adam's usual eps, which would then slow it down
-        fade = 0.0 if s.pixels else FADE
-        adam = torch.optim.AdamW([leaf], lr=s.learning_rate, eps=1e-20, weight_decay=fade)
+        adam = _Adam(leaf, 0.0 if s.pixels else FADE)
         activations = torch.zeros(len(part), s.steps)
         for step in range(s.steps):
-            adam.param_groups[0]["lr"] = s.learning_rate * _fall(step / s.steps)
             x = self._input(leaf)
             seen = moved(x, moves[step]) if s.robust else x
             scores, gradient = self._gradient(net._to_model(seen.detach()), part)
             up = (seen * gradient.to(seen)).sum() - s.l2 * x.square().sum()
             (slope,) = torch.autograd.grad(up, leaf)
-            leaf.grad = -slope
-            adam.step()
-            if s.pixels:
-                with torch.no_grad():
+            with torch.no_grad():
+                adam.up(slope, s.learning_rate * _fall(step / s.steps))
+                if s.pixels:
                     leaf.copy_(self.canvas.inside(leaf))
             activations[:, step] = scores.cpu()
             net._report(before * s.steps + (step + 1) * len(part), total * s.steps, "steps")
@@ -609,6 +605,27 @@ class _Search:
         rest, size = iter(inputs), self._together(RANDOM, Request())
         while batch := list(itertools.islice(rest, size)):
             yield self.net._to_model(torch.stack(batch))
+
+
+class _Adam:
+    """Adam with decoupled decay (Loshchilov and Hutter, ICLR 2019), uphill.
+
+    Not torch's: its optimizers import the compiler, which takes seconds and ends the interpreter where TensorFlow has
+    been imported. The usual eps would slow down the gradient of a mean over many units, which is small beside it.
+    """
+
+    def __init__(self, leaf: torch.Tensor, decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-20):
+        self.leaf, self.decay, self.betas, self.eps, self.steps = leaf, decay, betas, eps, 0
+        self.mean, self.square = torch.zeros_like(leaf), torch.zeros_like(leaf)
+
+    def up(self, slope: torch.Tensor, rate: float) -> None:
+        self.steps += 1
+        first, second = self.betas
+        self.leaf.mul_(1 - rate * self.decay)
+        self.mean.lerp_(slope, 1 - first)
+        self.square.mul_(second).addcmul_(slope, slope, value=1 - second)
+        size = (self.square / (1 - second**self.steps)).sqrt_().add_(self.eps)
+        self.leaf.addcdiv_(self.mean, size, value=rate / (1 - first**self.steps))
 
 
 def _fall(share: float) -> float:

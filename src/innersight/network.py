@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from innersight import __version__, errors, images, results, targets
-from innersight.formats import Opened
+from innersight.formats import Assumed, Opened
 from innersight.formats.function import Function
 from innersight.inquiry import Answer, Inquiry, Question
 from innersight.layers import Layer, Layers
@@ -446,6 +447,25 @@ class Network:
             pictures=inputs.pictures,
             provenance=self._provenance(inputs, "sensitivity", layer, _said(target, inquiry.texts), notes=note),
         )  # fmt: skip
+
+
+def prepared_alike(networks: Sequence[Network]) -> list[Network]:
+    """Networks to be looked at side by side; what one says of its pictures holds for others that do not say.
+
+    A float file seldom says what it takes, its int8 twin does. Only where both take the same input.
+    """
+    found = []
+    for net in networks:
+        guess = next((note for note in net.notes if isinstance(note, Assumed)), None)
+        others = (o for o in networks if o.input_shape == net.input_shape and o.preprocess is not None)
+        other = next((o for o in others if not any(isinstance(note, Assumed) for note in o.notes)), None)
+        if guess is not None and other is not None:
+            net = copy.copy(net)
+            net.preprocess = other.preprocess
+            said = f"pictures are prepared as for {other.name}, since this one does not say; preprocess= changes it"
+            net.notes = [said if note is guess else note for note in net.notes]
+        found.append(net)
+    return found
 
 
 def _check_options(methods: Sequence[Method], options: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from innersight import errors
 from innersight.comparison.alignment import Place
 from innersight.images import Inputs, Picture, _items
 from innersight.layers import Layer
-from innersight.network import Network
+from innersight.network import Network, prepared_alike
 from innersight.network import open as open_network
 from innersight.observe.passes import Request, free_memory
 from innersight.results import FeatureMaps, load
@@ -207,9 +207,8 @@ def sides(a: Any, b: Any, images: Any) -> tuple[Side, Side]:
     dumps = [_tensors(source) for source in (a, b)]
     if images is None and not all(d is not None for d in dumps):
         raise errors.InputError("no images were given: a network answers only to images")
-    opened: list[Network | None] = [
-        None if d is not None else open_network(s) for s, d in zip((a, b), dumps, strict=True)
-    ]
+    networks = iter(prepared_alike([open_network(s) for s, d in zip((a, b), dumps, strict=True) if d is None]))
+    opened: list[Network | None] = [None if d is not None else next(networks) for d in dumps]
     images = _held(images)
     inputs: list[Inputs | None] = []
     for net in opened:

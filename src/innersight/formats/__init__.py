@@ -42,6 +42,13 @@ class Quantised:
         return f"{self.dtype}, scale {self.scale[0]:.3g}, zero point {self.zero_point}"
 
 
+class Assumed(str):
+    """A note on how pictures are prepared where the source does not say.
+
+    Beside another network that does say, and takes the same input, that one's word is taken for both.
+    """
+
+
 @dataclass
 class Opened:
     """A model as it came out of its source, and what the source says of it.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from innersight import errors
+from innersight.formats import Assumed
 from innersight.formats.onnx_file import File, captured, literal
 from innersight.formats.onnx_quantised import Grid
 from innersight.preprocess import Preprocess
@@ -101,9 +102,8 @@ def told(
     else:
         why = f"though the file itself goes on with {first}" if first else "without mean and std"
     values = stated.describe().rpartition("; ")[2]
-    notes.append(
-        f"the file does not say how its pictures are prepared; {values} are assumed, {why}; preprocess= says another"
-    )
+    note = f"the file does not say how its pictures are prepared; {values} are assumed, {why}; preprocess= says another"
+    notes.append(note if picture.grid is not None else Assumed(note))
     return stated, labels, notes
 
 

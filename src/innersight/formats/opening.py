@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from innersight.errors import InputError
-from innersight.formats import Opened
+from innersight.formats import Assumed, Opened
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ def open_source(
         stated = opened.preprocess or _for_shape(opened.input_shape or ())
         opened.preprocess = _preprocess({**stated.to_json(), **partial})
     if preprocess is not None and opened.preprocess is not None:
+        opened.notes = [note for note in opened.notes if not isinstance(note, Assumed)]
         opened.notes.append(f"pictures are prepared as asked: {opened.preprocess.describe()}")
     return _checked(opened)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from innersight import __version__, errors, targets
 from innersight.draw import color
+from innersight.network import prepared_alike
 from innersight.viewer import chunks
 from innersight.viewer.keys import digest, key, parse
 
@@ -48,7 +49,7 @@ class Session:
     ):
         if not networks:
             raise errors.InputError("there is no network to look at")
-        self.networks = list(networks)
+        self.networks = prepared_alike(networks)
         self.title = title or " and ".join(n.name for n in networks)
         self.lock = threading.RLock()  # one question at a time: networks are watched as they run
         self.saliencies: list[dict[str, Any]] = []
