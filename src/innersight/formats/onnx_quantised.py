@@ -343,6 +343,7 @@ def _qgemm(n: Node, const: Sequence[Any], types: Sequence[int | None]) -> Built:
 
 
 def _dense(n: Node, x: Grid, out: Grid | None, w: Tensor, scale: Tensor, zero: Any, bias: Any, alpha: float) -> Built:
+    bias = None if bias is None else bias.flatten()
     held = _weights(n, x, w, scale, zero, bias, 0)
     factor = torch.tensor(alpha, dtype=torch.float32) * x.scale * scale.float()
     factor = factor if out is None else factor / out.scale
@@ -351,10 +352,10 @@ def _dense(n: Node, x: Grid, out: Grid | None, w: Tensor, scale: Tensor, zero: A
         y = F.linear(v, real, b)
         sums = _summed(F.linear, x.centered(v.detach()), whole, held.limit)
         if out is not None:
-            return _requantised(out, factor, None if bias is None else bias.flatten(), y, sums, (-1,))
+            return _requantised(out, factor, bias, y, sums, (-1,))
 
         def compute(total: Tensor) -> Tensor:
-            own = 0.0 if bias is None else bias.flatten().to(total.device)
+            own = 0.0 if bias is None else bias.to(total.device)
             return ((total.double() + own).float() * factor.to(total.device)).to(y.dtype)
 
         return exact(y, compute, sums)
