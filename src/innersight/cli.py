@@ -930,7 +930,7 @@ def _print_maximized(found: Maximization) -> None:
 def compare(model_a: str, model_b: str, images: tuple[str, ...], names: tuple[str, ...], method: str,
             target: str | None, at: str | None, threshold: float, channels: str, outs: tuple[Path, ...], as_json: bool,
             **opening: Any) -> None:  # fmt: skip
-    """How MODEL_B differs from MODEL_A on the same IMAGEs, layer by layer.
+    """Where MODEL_B parts from MODEL_A, layer by layer.
 
     Float against int8, one epoch against another, PyTorch against ONNX, a device's tensors (.npz of name -> array)
     against the host. Each model has the pictures prepared its own way. Printed are signal to noise and cosine of each
@@ -1015,7 +1015,7 @@ _explained_option = click.option(
 @_on_model(images=True)
 def report(model: Model, images: tuple[str, ...], methods: tuple[str, ...], target: str | None, other: str | None,
            title: str | None, max_mb: float, out: Path, as_json: bool) -> None:  # fmt: skip
-    """All about MODEL on these IMAGEs, as one page that opens from disk.
+    """All about MODEL on these IMAGEs, as one page.
 
     Every layer's maps with their receptive fields, saliency maps with their verdicts, predictions: the page of
     `innersight view` with its data in it, one HTML file that needs no network, no server and no innersight.
@@ -1050,9 +1050,9 @@ def report(model: Model, images: tuple[str, ...], methods: tuple[str, ...], targ
 @_on_model(images=True, required=False, as_json=False)
 def view(model: Model, images: tuple[str, ...], target: str | None, other: str | None, port: int,
          browser: bool) -> None:  # fmt: skip
-    """Look into MODEL in the browser: served on this machine alone, computed on demand.
+    """Look into MODEL in the browser.
 
-    The address carries a token; other users and other web pages get nothing. Ctrl-C ends it.
+    Served on this machine alone, computed on demand. The address carries a token; other users and other web pages get nothing. Ctrl-C ends it.
     """
     from innersight.viewer import server
 
