@@ -1052,7 +1052,8 @@ def view(model: Model, images: tuple[str, ...], target: str | None, other: str |
          browser: bool) -> None:  # fmt: skip
     """Look into MODEL in the browser.
 
-    Served on this machine alone, computed on demand. The address carries a token; other users and other web pages get nothing. Ctrl-C ends it.
+    Served on this machine alone, computed on demand. The address carries a token: other users and other web pages get
+    nothing. Ctrl-C ends it.
     """
     from innersight.viewer import server
 
