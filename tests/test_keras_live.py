@@ -99,11 +99,17 @@ class Cut(keras.Model):
         return self.head(keras.ops.mean(keras.ops.convert_to_tensor(keras.ops.convert_to_numpy(x)), axis=(1, 2)))
 cut = Cut()
 cut(x)
+start = keras.Input((14, 11, 3))
+y = L.Lambda(lambda t: t * 2.0, name="twofold")(L.Conv2D(4, 3, name="c1")(start))
+code = keras.Model(start, L.Dense(3)(L.Flatten()(y)))
+coded = innersight.open(code)
 print(json.dumps({
     "output": float(np.abs(net.predict(nchw(x)).logits - wanted).max()), "layers": list(net.layers),
     "block": float(np.abs(net.maps(batch, "blocks/0")["blocks/0"] - nchw(as_array(block))).max()),
     "inner": list(net.maps(batch, "base/inner")["base/inner"].shape), "notes": net.notes, "checks": len(done),
     "slope": [slope, t.grad[0, 1, 5, 6].item()], "never": never, "cut": innersight.open(cut).notes,
+    "coded": [list(coded.layers), coded.notes,
+              float(np.abs(coded.predict(nchw(x)).logits - as_array(code(x, training=False))).max())],
     "cam": list(net.explain(batch, method="gradcam").values.shape),
 }))
 """
@@ -177,6 +183,13 @@ def test_a_class_of_its_own_on_torch(results: Callable[[str], list[Any]]) -> Non
     assert "has never been called on one picture" in found["never"]
     assert any("no gradient reaches its input" in note for note in found["cut"])
     assert not any("no gradient" in note for note in found["notes"])
+
+
+def test_a_functional_model_with_code_of_its_own_is_watched_on_torch(results: Callable[[str], list[Any]]) -> None:
+    layers, notes, error = results("torch")[1]["coded"]
+    assert error < 1e-6
+    assert {"c1.conv2d", "twofold.mul"} <= set(layers)
+    assert any("Lambda 'twofold' holds Python code" in note for note in notes)
 
 
 def test_a_class_of_its_own_on_another_engine_is_refused_with_two_ways_out(

@@ -24,16 +24,25 @@ ROOTS = ("keras", "tf_keras")
 
 
 def open_live(model: Any, custom: Custom) -> Opened:
-    """A copy of a functional or Sequential model; a view of a model of a class of its own, if Keras runs on torch.
+    """A copy of a functional or Sequential model; if Keras runs on torch, else the model itself, watched as it runs.
 
-    Raises Unsupported for a class of its own on another engine, InputError for what is no model or was never built.
+    That is a model of a class of its own, or one with layers that are not known here. Raises Unsupported for those on
+    another engine, InputError for what is no model or was never built.
     """
     if not hasattr(model, "layers") or not hasattr(model, "to_json"):
         raise InputError(f"a {type(model).__name__} of Keras is no model; open a keras.Model that holds it")
     text = _described(model)
     if text is None:
         return _open_watched(model)
-    opened = open_described(text, str(model.name), list(_weights(model)), _version(model), custom)
+    watchable = isinstance(model, nn.Module) and len(getattr(model, "inputs", ())) == 1
+    try:
+        opened = open_described(text, str(model.name), list(_weights(model)), _version(model), custom)
+    except Unsupported as refused:  # a layer of one's own, a Lambda: its code is here already, and may be run
+        if not watchable:
+            raise
+        opened = _open_watched(model)
+        opened.notes.append(f"it is not copied as other functional models are: {refused}")
+        return opened
     opened.notes.append("a copy of the model in memory as it is now; later changes to it are not seen")
     return opened
 
@@ -157,7 +166,7 @@ def _open_watched(model: Any) -> Opened:
     shape = _input_shape(model)
     keras = sys.modules.get("keras")
     last = keras is None or keras.config.image_data_format() != "channels_first"
-    notes = [f"{kind}, a model of a class of its own, is watched as it runs on torch (Keras {_version(model)})"]
+    notes = [f"{kind} is watched as it runs on torch (Keras {_version(model)}); it is the model itself, not a copy"]
     if len(shape) != 3:
         raise Unsupported(f"{kind} takes inputs of shape {shape}; innersight explains networks of pictures")
     if None in shape:
