@@ -486,7 +486,7 @@ def test_any_stack_at_any_size_with_any_boxes(kinds, size, corners):
     engine = Engine(net)
     with engine.session():
         patches = Patches(engine, x, 2.0)
-        agree(patches.run(boxes), expected, 1e-5)
+        agree(patches.run(boxes), expected, 5e-5)
     assert patches.skips
 
 
