@@ -453,6 +453,22 @@ def test_qdq_is_within_one_step(quantised: Callable[[str, bool], Path], signed: 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_ranges_taken_as_the_network_runs_are_those_of_onnx_runtime(
+    quantised: Callable[[str, bool], Path], folder: Path
+) -> None:
+    from onnxruntime import quantization as q
+
+    source = quantised("QOperator", False).parent / "to_quantise.onnx"
+    q.quantize_dynamic(str(source), str(folder / "dynamic.onnx"), weight_type=q.QuantType.QUInt8)
+    assert worst(folder / "dynamic.onnx") < 1e-6
+    net, twin = opened(folder / "dynamic.onnx"), opened(source)
+    assert net.engine.fixed_batch == 1  # the range is that of the whole batch
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (n.explain(x, method="gradient", target=1).values for n in (net, twin))
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.8
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_quantised_layer_shows_real_numbers_and_has_its_twins_slope(quantised: Callable[[str, bool], Path]) -> None:
     path = quantised("QOperator", False)
     found = open_onnx(path)

@@ -117,7 +117,7 @@ def _batches(
         return graph.run(x) if nodes is None else dict(zip(graph.outputs, limited_run(graph, nodes, x), strict=True))
 
     written = "the file was written for one picture at a time" if picture.batch else "its answers depend on the batch"
-    alone = [f"{written} and is run so"]
+    alone = [f"{written}, so pictures go through it one by one"]
     try:
         with torch.no_grad():
             second, both = run(x[1:]), run(x)
