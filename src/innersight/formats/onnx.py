@@ -40,6 +40,15 @@ def open_onnx(source: Path | bytes | Any) -> Opened:
     not known here, MissingPackage without the `onnx` package. Each is one sentence.
     """
     file = read(source)
+    try:
+        return _opened(file, source)
+    except errors.InnersightError:
+        raise
+    except Exception as error:  # nodes without the inputs that they must have, and the like
+        raise errors.InputError(f"{file.name} is damaged: {first_line(error)}") from error
+
+
+def _opened(file: File, source: Any) -> Opened:
     picture, notes = picture_of(file)
     plan = Plan(file, picture)
     graph = plan.graph()

@@ -23,7 +23,8 @@ def fused(nodes: list[Node], constants: Mapping[str, torch.Tensor], outputs: Ite
     instead: dict[int, Node] = {}
     for n in nodes:
         starts = {"Erf": chains.gelu, "MatMul": chains.linear, "Sigmoid": chains.silu}
-        found = starts[n.op](n) if n.op in starts and not n.domain else None
+        whole = len(n.outputs) == 1 and len(n.inputs) == (2 if n.op == "MatMul" else 1)
+        found = starts[n.op](n) if n.op in starts and whole and not n.domain else None
         if found is not None:
             parts, last, node = found
             gone.update(id(p) for p in parts)
@@ -68,7 +69,13 @@ class _Chains:
         """x * (1 + erf(x / sqrt 2)) / 2, in any order of its products."""
         scaled = self.makers.get(erf.inputs[0])
         plus = self.only_reader(erf, "Add")
-        if scaled is None or len(self._read(scaled)) != 1 or plus is None or not self.by(plus, 1.0):
+        if (
+            scaled is None
+            or len(scaled.inputs) != 2
+            or len(self._read(scaled)) != 1
+            or plus is None
+            or not self.by(plus, 1.0)
+        ):
             return None
         root = math.sqrt(2)
         down = scaled.op == "Div" and self.number(scaled.inputs[1]) is not None and self.by(scaled, root)
