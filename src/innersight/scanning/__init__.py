@@ -77,7 +77,8 @@ def scan(
 
     if engine not in ENGINES:
         raise errors.unknown("engine", engine, ENGINES)
-    errors.need("pyarrow", "scan", "scanning a data set")
+    for package in ("pyarrow", "sklearn"):
+        errors.need(package, "scan", "scanning a data set")
     _check(top, limit, shard, crops)
     net = _opened(net)
     source = open_data(data, root).limited(limit)
@@ -244,9 +245,12 @@ def _count(
 def _finish(
     folder: Path, net: Network, source: Source, plan: Plan, parts: Parts, manifest: dict[str, Any], crops: int
 ) -> None:  # fmt: skip
-    from innersight.scanning import store, tables
+    from innersight.scanning import findings, store, tables
 
-    notes = tables.write(folder, net, source, plan, parts, manifest["network"]["input"], crops)
+    counts = parts.fold()
+    notes = tables.write(folder, net, source, plan, parts, counts, manifest["network"]["input"], crops)
+    channels = [tables.of_layer(counts, i) for i in range(len(plan.layers))]
+    findings.write(folder, net, source, plan, channels, counts)
     manifest["notes"] = [*manifest["notes"], *notes]
     manifest["summary"] = _summary(folder)
     manifest["complete"] = True

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from innersight import errors, storage
-from innersight.scanning import store
+from innersight import errors
+from innersight.scanning import findings, store
+from innersight.scanning.findings import Finding
 
 if TYPE_CHECKING:
     import pandas
@@ -66,10 +67,18 @@ class Scan:
 
     def words(self) -> list[str]:
         """What is in it, and what is worth looking at, a line each."""
-        return [repr(self).strip("<>")]
+        said = [repr(self).strip("<>")]
+        return [*said, *(f"- {found.kind}: {found}" for found in self.findings())] if self.complete else said
 
     def to_json(self) -> dict[str, Any]:
-        return {"folder": str(self.folder), "complete": self.complete, **self.manifest}
+        found = [one.to_json() for one in self.findings()] if self.complete else None
+        return {"folder": str(self.folder), **self.manifest, "findings": found}
+
+    def _check_complete(self) -> None:
+        if not self.complete:
+            raise errors.InputError(
+                f"the scan in {str(self.folder)!r} is not complete: go on with resume=True, or merge its shards"
+            )
 
     # -- tables
 
@@ -77,10 +86,7 @@ class Scan:
         pandas = errors.need("pandas", "scan", "reading the tables of a scan")
         errors.need("pyarrow", "scan", "reading the tables of a scan")
         file = self.folder / f"{name}.parquet"
-        if not self.complete:
-            raise errors.InputError(
-                f"the scan in {str(self.folder)!r} is not complete: go on with resume=True, or merge its shards"
-            )
+        self._check_complete()
         if not file.is_file():
             raise errors.InputError(
                 f"the scan in {str(self.folder)!r} has no {file.name}: the network names no classes"
@@ -133,6 +139,11 @@ class Scan:
             )
         with Image.open(file) as image:
             return image.convert("RGB")
+
+    def findings(self) -> list[Finding]:
+        """What is worth looking at: each a sentence, its evidence, and what one might do."""
+        self._check_complete()
+        return findings.read(self.folder)
 
     # -- arrays
 
@@ -190,7 +201,3 @@ class Scan:
         count = self.manifest["plan"]["layers"][self.layers.index(layer)]["grid"][0]
         if not 0 <= channel < count:
             raise errors.InputError(f"layer {layer} has the channels 0 to {count - 1}, not {channel}")
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    return storage.read(path)[0]

@@ -32,10 +32,10 @@ _BLOCKS_AT_ONCE = 64
 
 
 def write(
-    folder: Path, net: Network, source: Source, plan: Plan, parts: store.Parts, input_shape: Sequence[int], crops: int
+    folder: Path, net: Network, source: Source, plan: Plan, parts: store.Parts, counts: Counts,
+    input_shape: Sequence[int], crops: int,
 ) -> list[str]:  # fmt: skip
-    """Everything but the manifest; what was bounded or went wrong, a sentence each."""
-    counts = parts.fold()
+    """Everything but manifest and findings; what was bounded or went wrong, a sentence each."""
     channels = [of_layer(counts, i) for i in range(len(plan.layers))]
     notes: list[str] = []
     wanted = {int(i) for c in channels for i in np.unique(c["top_image"]) if i >= 0}
