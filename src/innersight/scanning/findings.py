@@ -303,7 +303,8 @@ def worst_errors(folder: Path, most: int) -> list[dict[str, Any]]:
     worst: list[dict[str, Any]] = []
     for batch in file.iter_batches(4096, columns=["image", "name", "label", "prediction", "confidence", "correct"]):
         worst += [row for row in batch.to_pylist() if row["correct"] is False]
-        worst = sorted(worst, key=lambda row: (-row["confidence"], row["image"]))[:most]
+        sure = [row for row in worst if row["confidence"] == row["confidence"]]  # not NaN
+        worst = sorted(sure, key=lambda row: (-row["confidence"], row["image"]))[:most]
     return worst
 
 
@@ -412,7 +413,7 @@ def _small(values: np.ndarray) -> np.ndarray:
     image = Image.fromarray(values.astype(np.float32))
     small = np.asarray(image.resize((_GRID, _GRID), Image.Resampling.BOX), np.float64).ravel()
     length = np.linalg.norm(small)
-    return small / length if length > 0 else small
+    return small / length if length > 0 and np.isfinite(length) else np.zeros_like(small)
 
 
 def same_reason(
@@ -570,7 +571,7 @@ def distances(folder: Path) -> np.ndarray:
         parts = [slice(i, min(i + 4096, len(of))) for i in range(0, len(of), 4096)]
         total, square = np.zeros((len(number), width)), np.zeros((width, width))
         for part in parts:
-            e = tensor[part].astype(np.float64)
+            e = np.nan_to_num(tensor[part].astype(np.float64))
             np.add.at(total, of[part], e)
             square += e.T @ e
         count = np.bincount(of, minlength=len(number))[:, None]
@@ -582,7 +583,7 @@ def distances(folder: Path) -> np.ndarray:
         inverse = np.linalg.inv(shrunk)
         found = np.empty(len(of))
         for part in parts:
-            d = tensor[part].astype(np.float64) - mean[of[part]]
+            d = np.nan_to_num(tensor[part].astype(np.float64)) - mean[of[part]]
             found[part] = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", d, inverse, d, optimize=True), 0))
     return found
 
