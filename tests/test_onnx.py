@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -513,6 +514,15 @@ def test_what_is_not_known_is_refused_by_name_before_anything_runs() -> None:
         open_onnx(build(nodes, [("x", 1, [1, 3, 8, 8])], ["y"], _conv(), domains=["my.domain"]))
     with pytest.raises(errors.Unsupported, match="is random"):
         open_onnx(build([node("RandomNormalLike", ["x"], ["y"])], [("x", 1, [1, 3, 8, 8])], ["y"]))
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build([node("Conv", ["x", "w"], ["y"])], [("x", 1, [1, 3, 8, 8])], ["y"], _conv())
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert any("ONNX Runtime is not installed" in note for note in open_onnx(model).notes)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(errors.MissingPackage, match=r'needs onnx: pip install "innersight\[onnx\]"'):
+        open_onnx(model)
 
 
 def test_one_image_input_is_wanted() -> None:
