@@ -252,6 +252,12 @@ def operations(keras: Any) -> Iterator[tuple[str, Any]]:
             split=lambda y: o.split(y, 2, axis=-1)[1], pad=lambda y: o.pad(y, [[0, 0], [1, 2], [0, 3], [0, 0]]),
             matmul=lambda y: o.matmul(y, o.transpose(y, (0, 1, 3, 2))), hard=o.hard_sigmoid,
             minimum=lambda y: o.minimum(y, 0.25), channel=lambda y: y * np.arange(6, dtype="float32"),
+            resize=lambda y: o.image.resize(y, (7, 20)), celu=o.celu,
+            elu=o.elu, selu=o.selu, leaky=o.leaky_relu, squareplus=o.squareplus, tanh=o.tanh,
+            soft_shrink=o.soft_shrink, hard_shrink=o.hard_shrink, tanh_shrink=o.tanh_shrink, sparse=o.sparse_plus,
+            log_sigmoid=o.log_sigmoid, hard_tanh=o.hard_tanh, hard_silu=o.hard_silu, softsign=o.softsign,
+            log_softmax=o.log_softmax, cast=lambda y: o.cast(y, "float32") + 1.0, abs=o.abs, square=o.square,
+            maximum=lambda y: o.maximum(y, 0.1), sum=lambda y: o.sum(y, axis=[1, 2]), rsqrt=lambda y: o.rsqrt(o.exp(y)),
             normalize=lambda y: o.normalize(y, axis=-1), einsum=lambda y: o.einsum("nhwc,nhwd->ncd", y, y),
         )  # fmt: skip
     else:
@@ -270,6 +276,7 @@ def operations(keras: Any) -> Iterator[tuple[str, Any]]:
             slice=lambda y: L.Conv2D(3, 1, name="last")(y[:, 1:-1, ::2, :]), index=lambda y: y[..., 0],
             split=lambda y: tf.split(y, 2, axis=-1)[1], pad=lambda y: tf.pad(y, [[0, 0], [1, 2], [0, 3], [0, 0]]),
             matmul=lambda y: tf.matmul(y, y, transpose_b=True), leaky=lambda y: tf.nn.leaky_relu(y, 0.3),
+            resize=lambda y: tf.image.resize(y, (7, 20)),
             minimum=lambda y: tf.minimum(y, 0.25), channel=lambda y: y * np.arange(6, dtype="float32"),
             bias=lambda y: tf.nn.bias_add(y, np.arange(6, dtype="float32")),
             depth=lambda y: tf.nn.depth_to_space(L.Conv2D(8, 1, name="c8")(y), 2),

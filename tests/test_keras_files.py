@@ -58,10 +58,10 @@ def sequential(layers: Layers, **more: Any) -> dict[str, Any]:
     return {"module": "keras", "class_name": "Sequential", "config": {"name": "small", "layers": layers}, **more}
 
 
-def write_keras(path: Path, config: Any, weights: dict[str, dict[str, np.ndarray]] | None = None) -> Path:
+def write_keras(path: Path, config: Any, weights: Any = None, first: str = "conv2d") -> Path:
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
-        for name, arrays in {"conv2d": "conv", "dense": "dense"}.items():
+        for name, arrays in {first: "conv", "dense": "dense"}.items():
             group = file.create_group(f"layers/{name}/vars")
             group.attrs["name"] = arrays
             for i, array in enumerate((weights or weights_of())[arrays].values()):
@@ -172,6 +172,31 @@ def test_a_module_stands_for_a_class_of_the_users_own(written: Callable[..., Pat
     np.testing.assert_allclose(net.predict(x).logits, by_hand(x).numpy(), atol=1e-6)
     assert net.layers["times"].kind == "Times"
     assert net.maps(x, "times")["times"].shape == (2, 4, 6, 6)
+
+
+class Corner(torch.nn.Module):
+    """A convolution, as a user would write it for a Keras layer with a kernel (height, width, in, out)."""
+
+    def __init__(self, kernel: torch.Tensor, bias: torch.Tensor):
+        super().__init__()
+        self.kernel, self.bias = torch.nn.Parameter(kernel.permute(3, 2, 0, 1)), torch.nn.Parameter(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(torch.nn.functional.conv2d(x, self.kernel, self.bias))
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_class_of_the_users_own_gets_its_weights(tmp_path: Path, suffix: str) -> None:
+    layers = chain()
+    layers[1] |= {"module": "my", "class_name": "MyCorner", "registered_name": "my>MyCorner"}
+    path, config = tmp_path / f"own{suffix}", sequential(layers)
+    path = write_keras(path, config, first="my_corner") if suffix == ".keras" else write_h5(path, config)
+    net = innersight.open(path, custom={"MyCorner": lambda _, weights: Corner(*weights)})
+    x = torch.randn(2, 3, 8, 8)
+    np.testing.assert_allclose(net.predict(x).logits, by_hand(x).numpy(), atol=1e-6)
+    assert net.layers["conv"].kind == "MyCorner"
+    with pytest.raises(InputError, match=r"custom=\{'MyCorner': ...\} failed for 'conv': KeyError"):
+        innersight.open(path, custom={"MyCorner": lambda config, _: config["gone"]})
 
 
 def test_a_module_stands_for_an_activation_of_the_users_own(written: Callable[..., Path]) -> None:

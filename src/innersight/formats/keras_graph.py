@@ -21,7 +21,7 @@ from torch import nn
 from innersight.errors import InputError, Unsupported
 from innersight.formats.graph import Graph, Step
 from innersight.formats.keras_file import Contents, Weight
-from innersight.formats.keras_layers import LAYERS, OPERATIONS, Apply, Build, Value, channels_first
+from innersight.formats.keras_layers import LAYERS, OPERATIONS, Apply, Build, Value, channels_first, operation
 
 MAX_LAYERS = 20_000
 MAX_NESTING = 32
@@ -167,7 +167,7 @@ def _layer(entry: Any, group: str, numbers: dict[str, int], depth: int) -> Layer
     settings = {} if inner_list else dict(config)
     operation = isinstance(module, str) and ".ops." in module
     if "module" not in entry and isinstance(_first(entry), dict):  # in an .h5 of Keras 3 its own settings tell
-        operation = not is_model and not ("trainable" in settings or "dtype" in settings)
+        operation = not is_model and "trainable" not in settings and _operation(plain) in OPERATIONS
     layer = Layer(name, plain, settings, [], operation=operation, ours=ours)
     if not operation:
         stem = _snake(plain)
@@ -318,9 +318,8 @@ def _operation(kind: str) -> str:
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
-_MORE_WEIGHTS = (  # some of which do not matter once training is over, or which lie elsewhere
-    "Normalization", "BatchNormalization", "BatchNormalizationV1", "SyncBatchNormalization", "MultiHeadAttention",
-    "TimeDistributed",
+_MORE_WEIGHTS = (  # some of which do not matter once training is over
+    "Normalization", "BatchNormalization", "BatchNormalizationV1", "SyncBatchNormalization",
 )  # fmt: skip
 _PARTS = {"query": "query_dense", "key": "key_dense", "value": "value_dense", "attention_output": "output_dense"}
 
@@ -333,6 +332,7 @@ class Shelf:
         self.any = bool(contents.weights)
         self.places: dict[str, Weight] = {}
         self.own: dict[int, list[Weight]] = {}
+        self.in_group: dict[str, list[str]] = {}
         if self.by_number:
             self.places = {w.path.replace("_layer_checkpoint_dependencies/", "layers/"): w for w in contents.weights}
         else:
@@ -384,11 +384,8 @@ class Shelf:
         """A weight of the layer that was not asked for: then it computes something else than is known here."""
         if layer.kind in _MORE_WEIGHTS:
             return ""
-        if self.by_number:
-            path = f"{layer.group}/vars/{taken}"
-            return path if path in self.places else ""
-        own = self.own.get(id(layer), [])
-        return own[-1].path if len(own) > taken else ""
+        own = self.in_group.get(layer.group, []) if self.by_number else [w.path for w in self.own.get(id(layer), [])]
+        return own[-1] if len(own) > taken else ""
 
     def all_of(self, layer: Layer) -> list[np.ndarray]:
         if not self.by_number:
@@ -694,12 +691,12 @@ def _operation_of(layer: Layer, path: str) -> Apply:
             f"the operation {said!a} ({path!r}) is not known here; export the model to ONNX instead, or write it "
             "with layers"
         )
-    run = OPERATIONS[name]
+    run = operation(name)
     if layer.kind in _LAMBDAS:
         if name == "gelu":  # tf.nn.gelu is exact unless told otherwise, keras.ops.gelu the other way round
             return lambda _, *args, **kwargs: run(*args, **{"approximate": False, **kwargs})
         return lambda _, *args, **kwargs: run(*args, **kwargs)
-    stated = {k: _tree(v) for k, v in layer.config.items() if k not in ("name", "dtype", "trainable")}
+    stated = {k: _tree(v) for k, v in layer.config.items() if k != "trainable"}
     return lambda _, *args, **kwargs: run(*args, **{**stated, **kwargs})
 
 
@@ -732,7 +729,8 @@ def _arguments(layer: Layer, call: Call) -> tuple[list[Any], dict[str, Any]]:
         if layer.kind != "Softmax":
             kwargs = {}
     kwargs.pop("training", None)
-    if any(True for _ in refs_in(args)) is False:
+    args = [a for a in args if any(True for _ in refs_in(a))]  # not `training`, given by position
+    if not args:
         raise InputError(f"{layer.kind} {layer.name!r} is called on nothing")
     return args, kwargs
 

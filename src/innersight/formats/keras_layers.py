@@ -9,6 +9,7 @@ Where Keras's engines differ, these follow TensorFlow.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -1037,6 +1038,7 @@ def time_distributed(b: Build) -> Apply:
     each = Build(b.name, str(kind), dict(config or {}), b.fetch, b.keras2, b.custom)
     apply_each = LAYERS[each.kind](each)
     b.kept.update(each.kept)
+    b.taken += each.taken
     b.modules.update(each.modules)
 
     def apply(w: Weights, v: Value) -> Value:
@@ -1111,8 +1113,30 @@ LAYERS: dict[str, Callable[[Build], Apply]] = {
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "celu": {"alpha": 1.0}, "squareplus": {"b": 4},
+    "soft_shrink": {"threshold": 0.5}, "hard_shrink": {"threshold": 0.5},
+    "resize": {"fill_mode": "constant", "fill_value": 0.0},
+}  # fmt: skip
+
+
+def operation(name: str) -> Apply:
+    """The operation of that name, for (values, ...) and the keywords it knows: others must not change what it does."""
+    run, usual = OPERATIONS[name], _DEFAULTS.get(name, {})
+    known = {*inspect.signature(run).parameters, "name", "dtype", "conjugate"}
+
+    def apply(*args: Any, **given: Any) -> Any:
+        for key, value in given.items():
+            idle = value is None or value is False or value in ("NHWC", "channels_last") or value == usual.get(key)
+            if key not in known and not idle:
+                raise Unsupported(f"{key}={value!r} is not known here")
+        return run(*args, **given)
+
+    return apply
+
+
 def _elementwise(fn: Callable[..., torch.Tensor]) -> Apply:
-    def apply(v: Any, *_: Any, **__: Any) -> Value:
+    def apply(v: Any, **_: Any) -> Value:
         return Value(fn(v.tensor), v.moved)
 
     return apply
@@ -1287,7 +1311,13 @@ def _log_softmax_op(v: Value, axis: Any = -1, **_: Any) -> Value:
     return _softmax(-1 if axis is None else axis, log=True)(v)
 
 
-def _identity_op(v: Value, *_: Any, **__: Any) -> Value:
+def _identity_op(v: Value, **_: Any) -> Value:
+    return v
+
+
+def _cast(v: Value, dtype: Any = "float32", **_: Any) -> Value:
+    if not isinstance(dtype, str) or not re.fullmatch(r"(b?float|half|double).*", dtype):
+        raise Unsupported(f"a cast to {dtype!r} is not known here; expected floating numbers")
     return v
 
 
@@ -1315,19 +1345,21 @@ def _einsum_op(*args: Any, subscripts: str = "", equation: str = "", **_: Any) -
 def _resize_op(v: Value, size: Any = None, *, interpolation: str = "bilinear", method: str | None = None,
                antialias: bool = False, data_format: str = "channels_last", **_: Any) -> Value:  # fmt: skip
     how = (method or interpolation).lower()
-    if how not in _RESIZES or antialias or data_format == "channels_first":
-        raise Unsupported(f"resizing with {how!r} is not known here; innersight knows {', '.join(_RESIZES)}")
+    if antialias or data_format == "channels_first":
+        raise Unsupported("antialias=True and channels first are not known here")
+    if how not in _RESIZES:
+        raise Unsupported(f"interpolation={how!r} is not known here; innersight knows {', '.join(_RESIZES)}")
     return Value(resized(channels_first(v), list(size), how), True)
 
 
-def _depth_to_space(v: Value, block_size: int = 2, *_: Any, **__: Any) -> Value:
+def _depth_to_space(v: Value, block_size: int = 2, **_: Any) -> Value:
     x = keras_order(v)
     n, h, w, c = x.shape
     y = x.reshape(n, h, w, block_size, block_size, c // block_size**2).permute(0, 5, 1, 3, 2, 4)
     return Value(y.reshape(n, -1, h * block_size, w * block_size), True)
 
 
-def _space_to_depth(v: Value, block_size: int = 2, *_: Any, **__: Any) -> Value:
+def _space_to_depth(v: Value, block_size: int = 2, **_: Any) -> Value:
     x = keras_order(v)
     n, h, w, c = x.shape
     s = block_size
@@ -1389,7 +1421,8 @@ OPERATIONS: dict[str, Apply] = {
     **dict.fromkeys(("getitem", "get_item", "slicing"), _item),
     "matmul": _matmul,
     "pad": _pad_op,
-    **dict.fromkeys(("cast", "identity", "stop_gradient", "convert_to_tensor", "copy"), _identity_op),
+    **dict.fromkeys(("identity", "stop_gradient", "copy"), _identity_op),
+    **dict.fromkeys(("cast", "convert_to_tensor"), _cast),
     "split": _split,
     "einsum": _einsum_op,
     "resize": _resize_op,
