@@ -36,7 +36,8 @@ ALLOWED = {
         "targets",
     },
     "viewer": {
-        "comparison", "draw", "images", "inquiry", "methods", "network", "observe", "storage", "targets", "viewer",
+        "comparison", "draw", "images", "inquiry", "methods", "network", "observe", "results", "storage", "targets",
+        "viewer",
     },
 }  # fmt: skip
 

@@ -543,3 +543,21 @@ def test_values_are_not_touched_by_drawing(make, tmp_path):
     for name, values in result.record()[0].items():
         assert np.array_equal(values, before[name])
     assert result.figure is None
+
+
+def test_values_cut_off_by_quantisation_are_marked():
+    """A scale of 0.5 and a zero point of -1: integers -4..3 are -1.5..2. The zeros of a fused ReLU are no loss."""
+    kept = {"dtype": "int8", "scale": [0.5], "zero_point": -1, "lo": -4, "hi": 3}
+    values = np.array([[[-1.5, -1.0], [0.0, 2.0]], [[1.5, 1.0], [2.0, 0.5]]], np.float32)
+    assert results.saturated(values, kept).tolist() == [
+        [[True, False], [False, True]], [[False, False], [True, False]],
+    ]  # fmt: skip
+    relu = kept | {"lo": -1}
+    assert results.saturated(np.maximum(values, 0), relu).sum() == 2
+    picture = Picture("p", None, (1, 1, 0, 0), (4, 4), values=np.zeros((1, 4, 4), np.float32))
+    maps = results.FeatureMaps({"conv": values[None]}, [picture], {"conv": {"quantised": kept}}).plot("conv")
+    shown = [a.get_images()[0].get_array() for a in maps.figure.axes if a.get_images()]
+    assert any((pixels == (255, 212, 0)).all(-1).any() for pixels in shown if pixels.ndim == 3)
+    words = " ".join(t.get_text() for t in maps.figure.findobj(lambda a: hasattr(a, "get_text")))
+    assert "int8, scale 0.5, zero point -1" in words
+    assert "38% of the values are cut off" in words

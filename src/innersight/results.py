@@ -364,8 +364,11 @@ class FeatureMaps(Result, Mapping[str, np.ndarray]):
         values, picture = self[name][image], self.pictures[image]
         notes = [self.provenance.network, f"{picture.name} ({image + 1} of {len(self.pictures)})"]
         common: dict[str, Any] = {"title": name, "notes": notes, "picture": pixels, "caption": picture.name}
+        kept = (self.layers.get(name) or {}).get("quantised")
+        if kept is not None:
+            notes.append(f"{kept['dtype']}, scale {color.number(kept['scale'][0])}, zero point {kept['zero_point']}")
         if values.ndim == 3:
-            return plots.maps(values, **common, **options)
+            return plots.maps(values, saturated=None if kept is None else saturated(values, kept), **common, **options)
         if values.ndim == 1:
             return plots.vector(values, **common, ax=options["ax"])
         raise errors.InputError(
@@ -428,6 +431,16 @@ class FeatureMaps(Result, Mapping[str, np.ndarray]):
         )
         more = f"<p>and {len(self) - 40} more layers</p>" if len(self) > 40 else ""
         return f"<table><tr><th>layer</th><th>shape</th><th>values</th></tr>{rows}</table>{more}"
+
+
+def saturated(values: np.ndarray, kept: Mapping[str, Any]) -> np.ndarray:
+    """Which values of a quantised layer are cut off at an end of its range; the zeros of a fused ReLU are not.
+
+    kept: the layer's quantisation as its record holds it: scale, zero_point, lo, hi
+    """
+    whole = np.rint(values / kept["scale"][0]) + kept["zero_point"]
+    above, below = whole >= kept["hi"], whole <= kept["lo"]
+    return above if kept["lo"] == kept["zero_point"] else above | below
 
 
 def _file_parts(names: Sequence[str]) -> list[str]:

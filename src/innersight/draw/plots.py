@@ -228,9 +228,13 @@ def maps(
     order: str = "index",
     limit: int | None = 256,
     page: int = 1,
+    saturated: np.ndarray | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """The feature maps (C, h, w) of one image as a grid, beside the picture (H, W, 3) that they come from."""
+    """The feature maps (C, h, w) of one image as a grid, beside the picture (H, W, 3) that they come from.
+
+    saturated: (C, h, w) bool, the values of a quantised layer that are cut off at an end of its range; marked
+    """
     if scale not in SCALES:
         raise errors.unknown("scale", scale, SCALES)
     if columns is not None and columns < 1:
@@ -238,8 +242,13 @@ def maps(
     if not values.size:
         raise errors.InputError(f"{title}: there is nothing to draw in maps of shape {values.shape}")
     selection = select(values, order=order, limit=limit, page=page)
-    grid = _Grid.of(values, selection, columns, scale)
+    grid = _Grid.of(values, selection, columns, scale, saturated)
     notes = [*notes, grid.text, selection.text, grid.text_dead]
+    if saturated is not None and saturated.any():
+        share = f"{100 * saturated.mean():.2g}" if saturated.mean() >= 1e-4 else "<0.01"
+        notes.append(
+            f"{share}% of the values are cut off at an end of the range ({_SATURATED[grid.scales[0].signed][0]})"
+        )
     title = f"{title}: {plural(len(values), 'map')} of {values.shape[1]}x{values.shape[2]}"
     if ax is not None:
         grid.draw(ax, aspect="equal")
@@ -281,7 +290,10 @@ class _Grid:
     text: str
 
     @classmethod
-    def of(cls, values: np.ndarray, selection: Selection, columns: int | None, how: str) -> _Grid:
+    def of(
+        cls, values: np.ndarray, selection: Selection, columns: int | None, how: str,
+        saturated: np.ndarray | None = None,
+    ) -> _Grid:  # fmt: skip
         signed = color.is_signed(values)
         peak = max(map(abs, color.extremes(values)))
         chosen = values[selection.channels]
@@ -302,6 +314,9 @@ class _Grid:
         colors = color.colors_for(signed)
         positions = np.stack([(shared or s)(m) for s, m in zip(scales, chosen, strict=True)])
         painted = color.paint_positions(positions, colors)
+        if saturated is not None:
+            cut = saturated[selection.channels]
+            painted[_block_any(cut, shrink) if shrink > 1 else cut] = _SATURATED[signed][1]
         if zoom > 1:  # here already, so that the stroke through a dead map stays thin
             painted = painted.repeat(zoom, 1).repeat(zoom, 2)
         for i, s in enumerate(scales):
@@ -398,6 +413,14 @@ def _range_text(shared: color.Scale | None, scale: color.Scale) -> str:
     if scale.signed:
         return f"±{color.number(scale.high)}"
     return f"{color.number(scale.low)} to {color.number(scale.high)}"
+
+
+# What saturated values are painted in, with the diverging color map or the other: no color of either.
+_SATURATED = {True: ("yellow", (255, 212, 0)), False: ("cyan", (0, 194, 255))}
+
+
+def _block_any(marks: np.ndarray, by: int) -> np.ndarray:
+    return _block_mean(marks.astype(np.float32), by) > 0
 
 
 def _block_mean(maps: np.ndarray, by: int) -> np.ndarray:

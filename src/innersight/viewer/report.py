@@ -151,7 +151,7 @@ def _fitted(session: Session, room: int, progress: Callable) -> tuple[dict[str, 
     for done, (m, i) in enumerate(pairs):
         progress(done, len(pairs), "layers of pictures")
         for name, maps in _every_layer(session, m, i):
-            kept[key("stats", m, i, name)] = packed_stats(maps)
+            kept[key("stats", m, i, name)] = packed_stats(maps, session._table(m)[name].to_json()["quantised"])
             order = np.argsort(-np.square(maps.reshape(len(maps), -1)).mean(1), kind="stable")
             at = key("maps", m, i, name)
             made = [_step(maps, order, side, count) for side, count in STEPS]

@@ -18,6 +18,7 @@ import numpy as np
 from innersight import __version__, errors, targets
 from innersight.draw import color
 from innersight.network import prepared_alike
+from innersight.results import saturated
 from innersight.viewer import chunks
 from innersight.viewer.keys import digest, key, parse
 
@@ -231,7 +232,7 @@ class Session:
         return packed_maps(self.values(int(m), int(i), [name])[name])
 
     def _stats(self, m: str, i: str, name: str) -> bytes:
-        return packed_stats(self.values(int(m), int(i), [name])[name])
+        return packed_stats(self.values(int(m), int(i), [name])[name], self._table(int(m))[name].to_json()["quantised"])
 
     def _relevance(self, m: str, i: str, name: str, target: str) -> bytes:
         found = self.relevance(int(m), int(i), [name], int(target))
@@ -418,8 +419,11 @@ def packed_maps(maps: np.ndarray, down: int = 1, channels: Sequence[int] | None 
     return chunks.pack(arrays, of=len(maps), size=list(maps.shape[1:]), down=down)
 
 
-def packed_stats(maps: np.ndarray) -> bytes:
-    """What each channel of (C, H, W) does, in numbers, and the most active one as a thumbnail."""
+def packed_stats(maps: np.ndarray, kept: Mapping[str, Any] | None = None) -> bytes:
+    """What each channel of (C, H, W) does, in numbers, and the most active one as a thumbnail.
+
+    kept: how a quantised layer keeps its numbers
+    """
     flat = maps.reshape(len(maps), -1).astype(np.float64)
     finite = np.isfinite(flat)
     clean = np.where(finite, flat, 0.0)
@@ -431,6 +435,8 @@ def packed_stats(maps: np.ndarray) -> bytes:
         "minimum": clean.min(1), "maximum": clean.max(1), "mean": clean.mean(1), "rms": rms,
         "zeros": (clean == 0).mean(1), "place": clean.argmax(1).astype(np.int32), "thumbnail": thumb,
     }  # fmt: skip
+    if kept is not None:
+        arrays["saturated"] = saturated(maps, kept).reshape(len(maps), -1).mean(1)
     return chunks.pack(
         arrays, strongest=strongest, nonfinite=int((~finite).sum()), signed=bool(color.is_signed(maps)),
         size=list(maps.shape[1:]),

@@ -1,7 +1,7 @@
 // A layer: its maps in a grid, and what one channel and one cell of them are.
 
 import { channel as one } from '#codec'
-import { bar, image, number, range, table } from '#color'
+import { bar, image, number, percent, range, table } from '#color'
 import { fill, fit, h, select, slider, busy, failure } from '#dom'
 import { box, lookers, padding } from '#field'
 import { Grid } from '#grid'
@@ -12,6 +12,8 @@ import { Missing, key } from '#source'
 import { set, state } from '#state'
 
 const SORTS = [['rms', 'activity'], ['index', 'number'], ['maximum', 'maximum'], ['zeros', 'fewest zeros'], ['relevance', 'relevance to the target']]
+
+const mean = (values) => values.reduce((a, v) => a + v, 0) / values.length
 
 export class LayerView {
   constructor(source, root) {
@@ -99,7 +101,9 @@ export class LayerView {
     const s = state()
     const l = this.layer
     const f = l.receptive_field
+    const q = l.quantised
     const facts = [l.kind, (l.grid || l.shape).join('×'), l.parameters ? `${l.parameters.toLocaleString('en')} parameters` : '', f ? `sees ${f.text}` : '',
+      q ? `${q.dtype}, scale ${number(q.scale[0])}, zero point ${q.zero_point}` : '', q && this.stats ? `${percent(mean(this.stats.saturated))} saturated` : '',
       this.stats ? `${this.silent()} silent` : ''].filter(Boolean)
     fill(this.heading, h('h2', {}, l.name), h('p.quiet', {}, facts.join(' · ')), l.grid_note ? h('p.quiet', {}, l.grid_note) : null)
     fill(this.tools,
@@ -113,6 +117,12 @@ export class LayerView {
   // Of a map, in pixels: what was chosen, or what fits.
   size() {
     return state().size || (this.maps ? this.grid.best(this.maps.low.length, this.maps.q.shape) : 72)
+  }
+
+  // The integer that a quantised layer keeps for a value.
+  integer(value) {
+    const q = this.layer.quantised
+    return q ? `, kept as ${Math.round(value / q.scale[0]) + q.zero_point}` : ''
   }
 
   silent() {
@@ -224,7 +234,7 @@ export class LayerView {
     const [cy, cx] = [y * down, x * down]
     const b = box(this.layer, Math.min(cy, this.layer.grid ? this.layer.grid[1] - 1 : 0), Math.min(cx, this.layer.grid ? this.layer.grid[2] - 1 : 0))
     const size = this.source.manifest.inputs[state().input].frames[state().network].size
-    fill(this.status, `channel ${this.names(position)}, row ${cy}, column ${cx}: ${number(map.at(y, x))} (±${number(map.step / 2)})`)
+    fill(this.status, `channel ${this.names(position)}, row ${cy}, column ${cx}: ${number(map.at(y, x))} (±${number(map.step / 2)})${this.integer(map.at(y, x))}`)
     if (!b) return
     this.picture.boxes([{ box: b, dashed: !this.layer.receptive_field.exact }])
     const out = padding(b, size)
@@ -252,11 +262,12 @@ export class LayerView {
     const s = this.stats
     const facts = [['maximum', s.maximum[name]], ['mean', s.mean[name]], ['RMS', s.rms[name]], ['minimum', s.minimum[name]]]
     if (this.relevance) facts.push(['relevance', this.relevance[name]])
+    if (s.saturated) facts.push(['saturated', percent(s.saturated[name])])
     const filters = h('div')
     this.filters(name, filters)
     return h('section.channel', { 'aria-label': `channel ${name}` }, h('h3', {}, `Channel ${name}`), canvas, value,
       h('div.key', {}, bar(h('canvas'), window, this.colors), h('span', {}, `${number(window[0])} to ${number(window[1])}`)),
-      h('dl', {}, facts.map(([k, v]) => [h('dt', {}, k), h('dd', {}, number(v))]), h('dt', {}, 'zeros'), h('dd', {}, `${Math.round(100 * s.zeros[name])}%`)),
+      h('dl', {}, facts.map(([k, v]) => [h('dt', {}, k), h('dd', {}, typeof v === 'string' ? v : number(v))]), h('dt', {}, 'zeros'), h('dd', {}, `${Math.round(100 * s.zeros[name])}%`)),
       histogram(map), filters, this.source.live && this.layer.grid ? this.preferred(name) : null)
   }
 
