@@ -6,7 +6,8 @@
 accumulators  what is counted, and how two counts become one
 plan          which layers and which counts, settled by the first image
 data          data sets as numbered images
-engines       who counts which block of images
+engines       the network over a block of images, in this process
+cluster       on many machines, by Ray
 store         counts on disk while they grow; a kill loses next to nothing
 tables        what a finished scan leaves
 reader        `Scan`, which reads it
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Scan", "scan"]
 
-ENGINES = ("local",)
+ENGINES = ("local", "ray")
 
 
 def scan(
@@ -58,7 +59,7 @@ def scan(
     data:        a folder, a list in CSV or Parquet, "mnist", a torch Dataset or DataLoader, ..., see `scanning.data`
     layers:      names, or kinds ("Conv2d"); default every layer that has channels
     top:         how many images are kept for each channel
-    engine:      "local": in this process, images being read by threads
+    engine:      "local": in this process, images being read by threads; "ray": on a cluster, see `scanning.cluster`
     root:        where the files of "mnist" and "cifar10" are
     limit:       only the first so many images
     shard:       (i, n): the i-th of n parts, i from 1; a folder of its own for each, then `merge`
@@ -101,7 +102,7 @@ def scan(
         for other in merge:
             _absorb(parts, Path(other), manifest)
         wanted = _wanted(source, plan, parts, shard)
-        _count(net, source, plan, parts, wanted)
+        _count(net, source, plan, parts, wanted, engine)
         if shard is not None:
             return Scan(folder)
         _finish(folder, net, source, plan, parts, manifest, crops)
@@ -229,16 +230,21 @@ def _wanted(source: Source, plan: Plan, parts: Parts, shard: tuple[int, int] | N
 
 
 def _count(
-    net: Network, source: Source, plan: Plan, parts: Parts, wanted: Iterable[int]
+    net: Network, source: Source, plan: Plan, parts: Parts, wanted: Iterable[int], engine: str
 ) -> None:  # fmt: skip
-    from innersight.scanning import engines
+    from innersight.scanning import cluster, engines
 
-    counted = parts.blocks()
-    total = 0 if source.size is None else source.size
-    for block in engines.local(net, source, plan, wanted):
-        parts.add(block)
-        counted.add(block.number)
-        net._report(min(len(counted) * plan.block, total or len(counted) * plan.block), total, "images")
+    done, total = len(parts.blocks()), 0 if source.size is None else source.size
+    if engine == "ray":
+        for counts, rows in cluster.on_ray(net, source, plan, list(wanted)):
+            parts.take(counts, rows)
+            done += len(rows)
+            net._report(min(done * plan.block, total), total, "images")
+    else:
+        for block in engines.local(net, source, plan, wanted):
+            parts.add(block)
+            done += 1
+            net._report(min(done * plan.block, total or done * plan.block), total, "images")
     parts.flush()
 
 

@@ -100,8 +100,13 @@ class Parts:
 
     def add(self, block: Block) -> None:
         """A block that was counted; written to disk now or soon."""
-        self._new_rows[block.number] = (block.rows, block.said)
-        self._join((0, block.number), block.counts)
+        self.take({(0, block.number): block.counts}, {block.number: (block.rows, block.said)})
+
+    def take(self, counts: Mapping[Node, Counts], rows: Mapping[int, tuple[dict, dict]]) -> None:
+        """The nodes of blocks that were counted, none of which is here yet, and their rows."""
+        self._new_rows |= rows
+        for node, of_node in counts.items():
+            self._join(node, of_node)
         if time.monotonic() - self._written >= (self._cost / _SHARE if self.every is None else self.every):
             self.flush()
 
@@ -171,6 +176,18 @@ class Parts:
 
     def _rows_of(self, block: int) -> Path:
         return self.rows / f"{block:08}.safetensors"
+
+
+def joined(nodes: dict[Node, Counts]) -> dict[Node, Counts]:
+    """The same counts, complete neighbours merged."""
+    level = 0
+    while any(n[0] >= level for n in nodes):
+        for number in sorted(n for lev, n in nodes if lev == level and not n & 1):
+            if (level, number + 1) in nodes:
+                left, right = nodes.pop((level, number)), nodes.pop((level, number + 1))
+                nodes[level + 1, number >> 1] = accumulators.merge(left, right)
+        level += 1
+    return nodes
 
 
 def _nodes(folder: Path) -> Iterator[Node]:
