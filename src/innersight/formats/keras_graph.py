@@ -335,6 +335,9 @@ class Shelf:
         self.in_group: dict[str, list[str]] = {}
         if self.by_number:
             self.places = {w.path.replace("_layer_checkpoint_dependencies/", "layers/"): w for w in contents.weights}
+            for path in self.places:
+                if (group := re.match(r".*\blayers/[^/]+", path)) and "/seed_generator/" not in path:
+                    self.in_group.setdefault(group[0], []).append(path)
         else:
             self._share_out(contents.weights, model)
 
