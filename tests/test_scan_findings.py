@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 import innersight
-from innersight.scanning import findings
+from innersight.formats import Quantised
+from innersight.scanning import accumulators, findings, plan
 from innersight.scanning.findings import Finding, clusters
 
 CLASSES = ("plain", "marked left", "marked right")
@@ -191,6 +194,39 @@ def test_outliers_stretch_a_range(tmp_path):
     assert "bits of int8" in finding.evidence
     plain = np.random.default_rng(0).random((400, 1, 4, 4)).astype(np.float32)
     assert not of_kind(innersight.scan(net, plain, tmp_path / "plain", crops=0), "wide ranges")
+
+
+def test_a_saturated_range(tmp_path):
+    class Six(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 1)
+            with torch.no_grad():
+                self.conv.weight[:] = torch.tensor([10.0, 5.0])[:, None, None, None]
+                self.conv.bias[:] = 0
+
+        def forward(self, x):
+            return F.relu6(self.conv(x))
+
+    array = np.random.default_rng(0).random((70, 1, 4, 4)).astype(np.float32)
+    net = innersight.open(Six().eval(), input_shape=(1, 4, 4))
+    found = innersight.scan(net, array, tmp_path / "out", crops=0)
+    rows = found.channels("relu6")
+    assert list(rows["clipped"]) == [(array * np.float32(10) >= 6).mean(), 0]
+    assert found.channels("conv")["clipped"].isna().all()
+    (finding,) = of_kind(found, "saturated")
+    assert channels_of(finding, "relu6") == [[0]]
+
+
+def test_an_integer_range_is_counted_at_both_ends_but_not_at_zero():
+    x = torch.tensor([[[[-3.0, -1.0], [0.0, 2.0]]]])
+    assert accumulators.look(x, [0], (-3.0, 2.0))["clipped"].tolist() == [[2]]
+    assert accumulators.look(x, [0], (None, 2.0))["clipped"].tolist() == [[1]]
+    quantised = Quantised(scale=(0.5,), zero_point=-128, dtype="int8", lo=-128, hi=127)
+    layer = SimpleNamespace(quantised=quantised, kind="CONV_2D", node=SimpleNamespace(op="conv2d"))
+    assert plan._ends(layer) == (None, 127.5)
+    layer.node.op = "softmax"
+    assert plan._ends(layer) is None
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path):

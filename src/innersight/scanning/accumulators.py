@@ -6,6 +6,7 @@ for C channels, k kept tops and K classes:
     images (C,)        images with a finite cell               cells (C,)         finite cells
     sum, square (C,)   over cells, float64                     low, high (C,)     smallest and greatest cell
     zeros, nonfinite (C,)  cells                               fires (C,)         images with a cell above zero
+    clipped (C,)       cells at an end of the layer's range, where it has one (ReLU6, quantised layers)
     histogram (C, BINS)    of `SAMPLED` cells an image, see `bins`
     mean, mean_square (C,) over images, of the mean of an image's cells
     top_value, top_image, top_y, top_x (k, C)  the strongest cell of the strongest images, ties to the lower image
@@ -100,8 +101,14 @@ def _hashed(number: int) -> int:
     return x ^ (x >> 31)
 
 
-def look(maps: torch.Tensor, ids: Sequence[int]) -> dict[str, np.ndarray]:
-    """What is kept of a batch of maps (n, C, H, W) of these images: numbers for each image and channel, (n, C)."""
+Range = tuple[float | None, float | None]
+
+
+def look(maps: torch.Tensor, ids: Sequence[int], ends: Range | None = None) -> dict[str, np.ndarray]:
+    """What is kept of a batch of maps (n, C, H, W) of these images: numbers for each image and channel, (n, C).
+
+    ends: the smallest and greatest value that the layer can take, None where there is no end
+    """
     import torch
 
     x = maps.detach().float().contiguous()
@@ -114,6 +121,9 @@ def look(maps: torch.Tensor, ids: Sequence[int]) -> dict[str, np.ndarray]:
     if not bool(torch.isfinite(found["mean"]).all() and torch.isfinite(found["spread"]).all()):
         found = _reduced_where_finite(x)
     where = torch.from_numpy(np.stack([positions(i, cells) for i in ids])).to(x.device)
+    if ends is not None:
+        low, high = (math.inf * sign if end is None else end for end, sign in zip(ends, (-1, 1), strict=True))
+        found["clipped"] = ((x <= low) | (x >= high)).sum((2, 3))
     found["sample"] = x.flatten(2).gather(2, where[:, None].expand(n, channels, -1))
     return {name: value.cpu().numpy() for name, value in found.items()} | {"cells": np.full(n, cells)}
 
@@ -162,7 +172,7 @@ def _reduced_where_finite(x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def count(
     looks: Sequence[Mapping[str, np.ndarray]], channels: int, ids: np.ndarray, top: int, classes: np.ndarray | None,
-    class_count: int, cross: bool,
+    class_count: int, cross: bool, clips: bool = False,
 ) -> Counts:  # fmt: skip
     """The fields of one layer over a block of images, from what `look` kept of its batches.
 
@@ -171,7 +181,7 @@ def count(
     class_count: K
     """
     if not looks:
-        return empty(channels, top, class_count if classes is not None else 0, cross)
+        return empty(channels, top, class_count if classes is not None else 0, cross, clips)
     joined = {
         name: np.concatenate([one[name] for one in looks]) for name in looks[0] if name != "sample"
     }  # the samples of batches differ in length where maps do
@@ -201,6 +211,8 @@ def count(
         "top_x": np.take_along_axis(joined["at_x"], order, 0),
     }
     counts |= _padded(tops, top, channels)
+    if "clipped" in joined:
+        counts["clipped"] = joined["clipped"].sum(0, dtype=np.int64)
     if classes is not None:
         sums = np.zeros((class_count, channels))
         for k in np.unique(classes[classes >= 0]):
@@ -238,7 +250,7 @@ def _padded(tops: Mapping[str, np.ndarray], top: int, channels: int) -> Counts:
     return full
 
 
-def empty(channels: int, top: int, class_count: int = 0, cross: bool = False) -> Counts:
+def empty(channels: int, top: int, class_count: int = 0, cross: bool = False, clips: bool = False) -> Counts:
     """The count of no image: merged with another it changes nothing."""
     integers = {name: np.zeros(channels, np.int64) for name in ("images", "cells", "zeros", "nonfinite", "fires")}
     floats = {name: np.zeros(channels) for name in ("sum", "square", "mean", "mean_square")}
@@ -254,6 +266,8 @@ def empty(channels: int, top: int, class_count: int = 0, cross: bool = False) ->
         counts["class_square"] = np.zeros(channels)
     if cross:
         counts["cross"] = np.zeros((channels, channels))
+    if clips:
+        counts["clipped"] = np.zeros(channels, np.int64)
     return counts
 
 

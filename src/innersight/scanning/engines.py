@@ -78,7 +78,7 @@ def measure(net: Network, plan: Plan, number: int, samples: Sequence[Sample]) ->
     for i, layer in enumerate(plan.layers):
         of_layer = accumulators.count(
             [one[layer.name] for one in looks], layer.channels, ids, plan.top,
-            classes if layer.by_class else None, len(plan.classes), layer.cross,
+            classes if layer.by_class else None, len(plan.classes), layer.cross, layer.ends is not None,
         )  # fmt: skip
         counts |= {f"{i}/{name}": value for name, value in of_layer.items()}
     if plan.sensitivity:
@@ -107,7 +107,9 @@ def _passes(net: Network, plan: Plan, batch: Sequence[Sample], rows: _Rows) -> l
         reduce: dict[str, Any] = {}
         for one in plan.layers:
             layer = table[one.name]
-            reduce[one.name] = lambda v, layer=layer: {"look": accumulators.look(maps_of(layer, v[: len(ids)]), ids)}
+            reduce[one.name] = lambda v, layer=layer, ends=one.ends: {
+                "look": accumulators.look(maps_of(layer, v[: len(ids)]), ids, ends)
+            }
         if plan.embedding:
             layer, looked = table[plan.embedding], reduce.get(plan.embedding)
 

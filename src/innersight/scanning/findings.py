@@ -33,6 +33,8 @@ ALIKE = 0.99
 """Correlation from which two channels count as one."""
 FAR = 4.0
 """A maximum this many times the 99.9% quantile stretches the range that a quantiser has to cover."""
+CLIPPED = 0.01
+"""Share of a channel's cells at the end of its range from which it is called saturated."""
 UNLIKE = 6.0
 """Distance in the embedding, in robust standard deviations, from which an image is unlike the rest."""
 GALLERY, CLUSTERED = 12, 256  # errors that are shown, and that are clustered by their reasons
@@ -45,7 +47,7 @@ _TOGETHER = 32  # images whose saliency is in memory at once
 class Finding:
     """Something worth looking at.
 
-    kind:     "dead channels", "always on", "duplicates", "wide ranges", "not finite", "unread images",
+    kind:     "dead channels", "always on", "duplicates", "wide ranges", "saturated", "not finite", "unread images",
               "confused classes", "worst errors", "errors with one reason", "unlike the rest", "needed channels"
     text:     what it is
     evidence: what was counted
@@ -85,7 +87,7 @@ def write(folder: Path, net: Network, source: Source, plan: Plan, channels: Sequ
     table = parquet.read_table(folder / "channels.parquet").to_pydict()
     found = [
         *dead(net, plan, channels), *always_on(plan, channels), *duplicates(net, plan, channels),
-        *wide_ranges(plan, table), *not_finite(plan, channels), *unread(folder),
+        *wide_ranges(plan, table), *saturated(plan, channels), *not_finite(plan, channels), *unread(folder),
     ]  # fmt: skip
     wrong = worst_errors(folder, CLUSTERED)
     found += confused(folder)
@@ -116,7 +118,7 @@ def dead(net: Network, plan: Plan, channels: Sequence[Counts]) -> Iterator[Findi
     if items:
         yield Finding(
             "dead channels",
-            f"{_total(items)} channels say nothing about any image: {_places(items)}",
+            f"{_channels(items)} without anything to say about any image: {_places(items)}",
             f"over {_images(channels)} images they have one value everywhere, or never get above zero with a ReLU next",
             "take them out (the network answers the same), or look whether learning rate or weight decay killed them",
             tuple(items),
@@ -140,7 +142,7 @@ def always_on(plan: Plan, channels: Sequence[Counts]) -> Iterator[Finding]:
     if items:
         yield Finding(
             "always on",
-            f"{_total(items)} channels fire in every cell of every image: {_places(items)}",
+            f"{_channels(items)} firing in every cell of every image: {_places(items)}",
             f"their smallest value over {_images(channels)} images is above zero, so their ReLU never cuts",
             "they are linear here; a bias that carries them may be all they say, compare their selectivity",
             tuple(items),
@@ -162,7 +164,7 @@ def duplicates(net: Network, plan: Plan, channels: Sequence[Counts]) -> Iterator
         spare = sum(len(one["channels"]) - 1 for one in items)
         yield Finding(
             "duplicates",
-            f"{spare} channels say what another of their layer says already: {_places(items, ' like each other')}",
+            f"{_many(spare, 'channel')} more than needed: {_places(items, ' alike')}",
             f"their means over an image correlate by more than {ALIKE} over {_images(channels)} images; where in the "
             "image they fire was not compared",
             "look at their top images side by side; where those agree, too, one of each group is enough",
@@ -204,10 +206,30 @@ def wide_ranges(plan: Plan, table: Mapping[str, Sequence]) -> Iterator[Finding]:
         bits = np.log2(first["times"])
         yield Finding(
             "wide ranges",
-            f"outliers stretch the range of {len(items)} layers: {_places(items)}",
+            f"outliers stretch the range of {_many(len(items), 'layer')}: {_places(items)}",
             f"in {first['layer']} the largest value is {first['largest']:.3g}, {first['times']:.1f} times what 99.9% "
             f"of each channel's cells stay below ({first['usual']:.3g}, from a sample): {bits:.1f} bits of int8",
             "clip the range at a quantile when quantising, or quantise these layers by channel",
+            tuple(items),
+        )
+
+
+def saturated(plan: Plan, channels: Sequence[Counts]) -> Iterator[Finding]:
+    """Channels that are often at the end of the range that their layer can take."""
+    items: list[dict[str, Any]] = []
+    for layer, counts in zip(plan.layers, channels, strict=True):
+        if "clipped" in counts:
+            share = counts["clipped"] / np.maximum(counts["cells"], 1)
+            if len(which := np.flatnonzero(share >= CLIPPED)):
+                items.append({"layer": layer.name, "channels": which, "of": layer.channels, "ends": layer.ends,
+                              "share": float(share.max()), "worst": int(share.argmax())})  # fmt: skip
+    if items:
+        first = max(items, key=lambda one: one["share"])
+        yield Finding(
+            "saturated",
+            f"{_channels(items)} often at the end of the range: {_places(items)}",
+            f"channel {first['worst']} of {first['layer']} is there in {100 * first['share']:.1f}% of its cells",
+            "what is beyond is lost: calibrate the range on more images, or train with it (a ReLU6 may be meant to)",
             tuple(items),
         )
 
@@ -222,7 +244,7 @@ def not_finite(plan: Plan, channels: Sequence[Counts]) -> Iterator[Finding]:
         cells = sum(int(c["nonfinite"].sum()) for c in channels)
         yield Finding(
             "not finite",
-            f"{_total(items)} channels take infinite values: {_places(items)}",
+            f"{_channels(items)} with infinite values: {_places(items)}",
             f"{cells} cells; they were left out of every statistic",
             "look for a logarithm of zero, a division by zero or an overflow in front of the first of these layers",
             tuple(items),
@@ -237,7 +259,7 @@ def unread(folder: Path) -> Iterator[Finding]:
         first = skipped[0]
         yield Finding(
             "unread images",
-            f"{len(skipped)} images were skipped",
+            f"{_many(len(skipped), 'image')} skipped",
             f"the first is {first['name']}: {first['reason']}",
             "mend or remove them; skipped.parquet lists each with its reason",
             tuple(skipped[:100]),
@@ -272,8 +294,12 @@ def needed(plan: Plan, counts: Counts) -> Iterator[Finding]:
         )
 
 
-def _total(items: Sequence[Mapping[str, Any]]) -> int:
-    return sum(len(one["channels"]) for one in items)
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _channels(items: Sequence[Mapping[str, Any]]) -> str:
+    return _many(sum(len(one["channels"]) for one in items), "channel")
 
 
 def _images(channels: Sequence[Counts]) -> str:
@@ -286,7 +312,7 @@ def _places(items: Sequence[Mapping[str, Any]], said: str = "") -> str:
         more = f" and {len(one['channels']) - 4} more" if len(one["channels"]) > 4 else ""
         return f"{', '.join(numbers)}{more} of {one['layer']}{said}"
 
-    more = f"; and in {len(items) - 4} more places" if len(items) > 4 else ""
+    more = f"; and in {_many(len(items) - 4, 'more place')}" if len(items) > 4 else ""
     return "; ".join(place(one) for one in items[:4]) + more
 
 
@@ -530,7 +556,7 @@ def unlike(folder: Path, net: Network, source: Source, plan: Plan) -> Iterator[F
     count = int((score > UNLIKE).sum())
     yield Finding(
         "unlike the rest",
-        f"{count} images are unlike the rest of what the network takes them for, first {items[0]['name']}",
+        f"{_many(count, 'image')} unlike the rest of what the network takes them for, first {items[0]['name']}",
         f"their embeddings ({plan.embedding}) are more than {UNLIKE:g} robust standard deviations further from the "
         "mean of their predicted class than the median image's (Mahalanobis distance)",
         "look whether they belong into the data set at all; a network's confidence means little on them",

@@ -7,7 +7,7 @@ part of a scan is counted the same way.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,10 @@ EMBEDDING = 512
 
 @dataclass(frozen=True)
 class Watched:
-    """A layer of the scan: name, kind, grid (C, H, W) at the input's usual size, and what is kept beyond sums."""
+    """A layer of the scan: name, kind, grid (C, H, W) at the input's usual size, and what is kept beyond sums.
+
+    ends: the values beyond which it clips, None where it does not; None if it has no such end
+    """
 
     name: str
     kind: str
@@ -42,6 +45,7 @@ class Watched:
     by_class: bool = True
     cross: bool = True
     sees: str = ""
+    ends: tuple[float | None, float | None] | None = None
 
     @property
     def channels(self) -> int:
@@ -101,7 +105,10 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         given = dict(data)
-        layers = tuple(Watched(**{**one, "grid": tuple(one["grid"])}) for one in given.pop("layers"))
+        layers = tuple(
+            Watched(**{**one, "grid": tuple(one["grid"]), "ends": one["ends"] and tuple(one["ends"])})
+            for one in given.pop("layers")
+        )
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         return cls(layers=layers, **given)
 
@@ -158,7 +165,20 @@ def _watched(layer: Layer) -> Watched:
     grid = grid_of(layer)
     assert grid is not None
     sees = "" if layer.grid is None or layer.receptive_field is None else str(layer.receptive_field)
-    return Watched(layer.name, layer.kind, grid, sees=sees)
+    return Watched(layer.name, layer.kind, grid, sees=sees, ends=_ends(layer))
+
+
+def _ends(layer: Layer) -> tuple[float | None, float | None] | None:
+    """Where the layer clips: a quantised one at its range (but not at zero, there a ReLU cuts), a ReLU6 at 6.
+
+    An answer of probabilities is at its end where it is sure, and loses nothing.
+    """
+    if layer.quantised is not None and not layer.node.op.startswith(("softmax", "sigmoid")):
+        low, high = layer.quantised.range
+        return (low if low < 0 else None), high
+    if layer.kind.lower().rstrip("_") == "relu6":
+        return None, 6.0
+    return None
 
 
 def _chosen(net: Network, table: Any, layers: Sequence[str] | None, notes: list[str]) -> list[Layer]:
@@ -196,7 +216,7 @@ def _bounded(watched: list[Watched], classes: int, notes: list[str]) -> list[Wat
         by_class -= classes * layer.channels if fits else 0
         square = layer.channels <= CROSS_CHANNELS and layer.channels**2 <= cross
         cross -= layer.channels**2 if square else 0
-        kept.append(Watched(layer.name, layer.kind, layer.grid, fits, square, layer.sees))
+        kept.append(replace(layer, by_class=fits, cross=square))
     kept.reverse()
     if classes and (without := [one.name for one in kept if not one.by_class]):
         notes.append(f"no class means of {_some(without)}: {CLASS_NUMBERS:,} numbers are kept, deepest layers first")

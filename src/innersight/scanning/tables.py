@@ -175,6 +175,7 @@ def channel_columns(plan: Plan, layer: Watched, counts: Counts) -> dict[str, np.
             "min": np.where(cells > 0, counts["low"], np.nan), "max": np.where(cells > 0, counts["high"], np.nan),
             "zeros": counts["zeros"] / cells, "fires": counts["fires"] / counts["images"],
             "nonfinite": counts["nonfinite"],
+            "clipped": counts["clipped"] / cells if "clipped" in counts else np.full(size, np.nan),
         }  # fmt: skip
     found = accumulators.quantiles(counts["histogram"], list(SHARES.values()), counts["low"], counts["high"])
     columns |= {name: found[:, i] for i, name in enumerate(SHARES)}
@@ -285,7 +286,8 @@ def _write_crops(
                 if (image := int(counts["top_image"][rank, c])) >= 0:
                     place = int(counts["top_y"][rank, c]), int(counts["top_x"][rank, c])
                     wanted[image].append(((i, c), rank, *place))
-        for sample in source.samples(sorted(wanted), net.preprocess, net.input_shape):
+        for done, sample in enumerate(source.samples(sorted(wanted), net.preprocess, net.input_shape), 1):
+            net._report(done, len(wanted), f"crops of {len(some)} channels")
             if sample.values is None or sample.picture is None:
                 gone.add(sample.index)
                 continue
@@ -294,7 +296,6 @@ def _write_crops(
             for (i, c), rank, y, x in wanted[sample.index]:
                 tile = crop(sample.picture, table[plan.layers[i].name], y, x, shown)
                 strips[i, c].paste(tile, (rank * (TILE + GAP), 0))
-            net._report(start + len(some), len(chosen), "strips of crops")
         for (i, c), strip in strips.items():
             _write_strip(folder / "crops" / f"{i:03}", f"{c:05}.jpg", strip)
     if gone:
