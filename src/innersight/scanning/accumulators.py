@@ -111,20 +111,24 @@ def look(maps: torch.Tensor, ids: Sequence[int], ends: Range | None = None) -> d
     """
     import torch
 
-    x = maps.detach().float().contiguous()
-    n, channels = x.shape[:2]
-    cells = x.shape[2] * x.shape[3]
+    last = maps.shape[1] > 1 and maps.stride(1) == 1  # channels last, as convolutions on a CPU and tokens have them
+    x = maps.detach().float().movedim(1, -1 if last else 1).contiguous()
+    n, cells, channels = len(x), maps.shape[2] * maps.shape[3], maps.shape[1]
     step = max(1, _IN_CACHE // max(channels * cells, 1)) if x.device.type == "cpu" else n
-    room = torch.empty_like(x[:step].flatten(2))
-    found = _joined([_reduced(part, room[: len(part)]) for part in x.split(step)])
+    room = torch.empty_like(x[:step])
+    found = _joined([_reduced(part, room[: len(part)], last) for part in x.split(step)])
     found["finite"] = torch.full_like(found["at_y"], cells)
     if not bool(torch.isfinite(found["mean"]).all() and torch.isfinite(found["spread"]).all()):
-        found = _reduced_where_finite(x)
-    where = torch.from_numpy(np.stack([positions(i, cells) for i in ids])).to(x.device)
+        found = _reduced_where_finite(x.movedim(-1 if last else 1, 1))
     if ends is not None:
         low, high = (math.inf * sign if end is None else end for end, sign in zip(ends, (-1, 1), strict=True))
-        found["clipped"] = ((x <= low) | (x >= high)).sum((2, 3))
-    found["sample"] = x.flatten(2).gather(2, where[:, None].expand(n, channels, -1))
+        found["clipped"] = ((maps <= low) | (maps >= high)).sum((2, 3))
+    where = torch.from_numpy(np.stack([positions(i, cells) for i in ids])).to(x.device)
+    if last:
+        flat = x.flatten(1, 2)
+        found["sample"] = flat.gather(1, where[..., None].expand(*where.shape, channels)).movedim(1, 2)
+    else:
+        found["sample"] = x.flatten(2).gather(2, where[:, None].expand(n, channels, -1))
     return {name: value.cpu().numpy() for name, value in found.items()} | {"cells": np.full(n, cells)}
 
 
@@ -137,24 +141,27 @@ def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tens
     return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
 
 
-def _reduced(x: torch.Tensor, room: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The numbers of maps (m, C, H, W), all of them finite; `room` (m, C, H * W) is written over.
+def _reduced(x: torch.Tensor, room: torch.Tensor, last: bool) -> dict[str, torch.Tensor]:
+    """The numbers of maps (m, C, H, W), or (m, H, W, C) for `last`, all finite; `room`, as large, is written over.
 
-    Of ways that say the same, those that a CPU does fast: a norm for the variance (`torch.var` takes ten times as
-    long), a comparison written as floats for the zeros (exact up to 2 ** 24 cells), rows first for the maximum.
+    Of ways that say the same, those that a CPU does fast: squares of differences for the variance (`torch.var` takes
+    ten times as long), a comparison written as floats for the zeros (exact up to 2 ** 24 cells), rows first for the
+    maximum.
     """
     import torch
 
-    flat = x.flatten(2)
-    mean = flat.mean(-1)
-    torch.sub(flat, mean[..., None], out=room)
-    spread = torch.linalg.vector_norm(room, 2, -1).square() / flat.shape[-1]
-    few = flat.shape[-1] < 1 << 24
-    zeros = torch.eq(flat, 0, out=room).sum(-1) if few else (flat == 0).sum(-1)
-    high, at_y = x.amax(-1).max(-1)
-    row = x.gather(2, at_y[..., None, None].expand(*at_y.shape, 1, x.shape[-1]))
-    return {"mean": mean, "spread": spread, "low": flat.amin(-1), "high": high, "at_y": at_y,
-            "at_x": row[:, :, 0].argmax(-1), "zeros": zeros.long()}  # fmt: skip
+    height, width = (1, 2) if last else (2, 3)
+    cells = x.shape[height] * x.shape[width]
+    flat, space = (t.flatten(height, width) for t in (x, room))
+    mean = flat.mean(height)
+    torch.sub(flat, mean.unsqueeze(height), out=space)
+    spread = space.square_().mean(height)
+    zeros = torch.eq(flat, 0, out=space).sum(height) if cells < 1 << 24 else (flat == 0).sum(height)
+    high, at_y = x.amax(width).max(height)
+    index = at_y.unsqueeze(height).unsqueeze(width)
+    row = x.gather(height, index.expand(*(1 if d == height else s for d, s in enumerate(x.shape)))).squeeze(height)
+    return {"mean": mean, "spread": spread, "low": flat.amin(height), "high": high, "at_y": at_y,
+            "at_x": row.argmax(width - 1), "zeros": zeros.long()}  # fmt: skip
 
 
 def _reduced_where_finite(x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -99,6 +99,8 @@ def _passes(net: Network, plan: Plan, batch: Sequence[Sample], rows: _Rows) -> l
     import torch
 
     x = net._to_model(torch.cat([s.values for s in batch]))  # type: ignore[misc]
+    if plan.channels_last:
+        x = x.to(memory_format=torch.channels_last)
     table = net._layers_for(x)
     found = []
 

@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from innersight import errors, targets
-from innersight.observe.passes import Request, _best_batch
+from innersight.observe.passes import Request, _best_batch, _near
 
 if TYPE_CHECKING:
-    import torch
-
     from innersight.layers import Layer
     from innersight.network import Network
     from innersight.observe.observer import Recording
@@ -64,11 +63,13 @@ class Plan:
     embedding:     the layer whose mean over the picture is kept for each image; "" for none
     width:         of the embedding as kept
     sensitivity:   the layer whose channels are removed one by one; "" for none
+    channels_last: whether the input is laid out so (a CPU convolves faster then, in another order of its sums)
     notes:         what was decided, what was bounded
     """
 
     layers: tuple[Watched, ...]
     batch: int
+    channels_last: bool = False
     top: int = 9
     block: int = BLOCK
     classes: tuple[str, ...] = ()
@@ -133,13 +134,26 @@ def make(
     batch = net.engine.fixed_batch or min(BLOCK, _best_batch(x, False))
     if embedding and pooled[0] > EMBEDDING:
         found.append(f"embeddings of {embedding} ({pooled[0]} numbers) are kept as {EMBEDDING // 2} random projections")
+    last = _fits_last(net, x, passed.output)
     watched = _bounded([_watched(layer) for layer in chosen], len(classes), found)
     return Plan(
-        layers=tuple(watched), batch=batch, top=top, classes=classes, named=named, renumbered=renumbered,
+        layers=tuple(watched), batch=batch, channels_last=last, top=top, classes=classes, named=named, renumbered=renumbered,
         predicts=predicts, probabilities=predicts and net._kind(x) == "probabilities", by_label=source.labelled,
         embedding=embedding, embedding_size=pooled[0] if embedding else 0, sensitivity=removed,
         notes=tuple(dict.fromkeys(found)),
     )  # fmt: skip
+
+
+def _fits_last(net: Network, x: torch.Tensor, output: Any) -> bool:
+    """Whether the network takes a channels-last input, and says the same."""
+    if x.dim() != 4 or x.device.type != "cpu" or net.engine.fixed_batch:
+        return False
+    try:
+        with net.engine.session():
+            other = net.engine.run(x.to(memory_format=torch.channels_last), Request()).output
+    except (errors.InnersightError, RuntimeError):  # it asks maps for a `view`
+        return False
+    return _near(output, other)
 
 
 def grid_of(layer: Layer) -> tuple[int, int, int] | None:
