@@ -42,12 +42,20 @@ BINS = 2 * _SIDE + 1
 def bins(values: np.ndarray) -> np.ndarray:
     """The bin of each float32: four an octave of its magnitude, one for 0; what is beyond 2 ** 16 is in the last.
 
-    The first two bits of the mantissa follow the exponent in a float's own bits, so a shift finds the bin.
+    The first two bits of the mantissa follow the exponent in a float's own bits, so its first eleven tell the bin
+    (and what is nearer to 0 than 2 ** -128 counts as 0).
     """
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.int32)
-    magnitude = (bits & 0x7FFFFFFF) >> (23 - 2)
+    return _BIN_OF_BITS.take(np.ascontiguousarray(values, dtype=np.float32).view(np.uint32) >> (32 - 11))
+
+
+def _bin_of_bits() -> np.ndarray:
+    magnitude = np.arange(1 << 10)
     step = np.clip(magnitude - ((127 + _LOWEST) * _PER_OCTAVE - 2), 1, _SIDE)
-    return np.where(values == 0, _SIDE, np.where(bits < 0, _SIDE - step, _SIDE + step))
+    step[0] = 0
+    return np.concatenate([_SIDE + step, _SIDE - step])
+
+
+_BIN_OF_BITS = _bin_of_bits()
 
 
 def edges() -> np.ndarray:
@@ -235,7 +243,8 @@ def count(
 def _histogram(sample: np.ndarray) -> np.ndarray:
     """(C, BINS) of samples (n, C, s); what is not finite is left out."""
     channels = sample.shape[1]
-    flat = bins(sample) + BINS * np.arange(channels)[:, None]
+    flat = bins(sample)
+    flat += BINS * np.arange(channels)[:, None]
     finite = np.isfinite(sample)
     flat = flat.ravel() if finite.all() else flat[finite]
     return np.bincount(flat, minlength=channels * BINS).reshape(channels, BINS).astype(np.uint32)

@@ -137,7 +137,8 @@ def make(
     last = _fits_last(net, x, passed.output)
     watched = _bounded([_watched(layer) for layer in chosen], len(classes), found)
     return Plan(
-        layers=tuple(watched), batch=batch, channels_last=last, top=top, classes=classes, named=named, renumbered=renumbered,
+        layers=tuple(watched), batch=batch, channels_last=last, top=top, classes=classes, named=named,
+        renumbered=renumbered,
         predicts=predicts, probabilities=predicts and net._kind(x) == "probabilities", by_label=source.labelled,
         embedding=embedding, embedding_size=pooled[0] if embedding else 0, sensitivity=removed,
         notes=tuple(dict.fromkeys(found)),
