@@ -56,7 +56,7 @@ def test_numbers_of_the_int8_file_are_those_of_plain_numpy(resnet8):
 
 def test_wrong_preprocessing_is_said(shared_data, resnet8):
     _, b, pictures, _ = resnet8
-    a = innersight.open(shared_data("tflite", "pretrainedResnet.tflite"))  # takes 0..1 for granted
+    a = innersight.open(shared_data("tflite", "pretrainedResnet.tflite"), preprocess={"size": (32, 32)})  # 0..1
     c = innersight.compare(a, b, pictures[:4], method=None)
     assert c.first_divergence.layer.a == "conv2d"
     assert any(sentence.startswith("What they are fed differs") for sentence in c.words())
