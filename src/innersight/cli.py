@@ -366,8 +366,9 @@ def _check_images(images: Sequence[str]) -> None:
 def main() -> None:
     """See inside a vision network.
 
-    MODEL is torchvision:NAME, timm:NAME, hf:NAME, or a file: TorchScript, torch.export (.pt2), or weights
-    (.safetensors, .pth) together with --arch. IMAGE is a picture, a folder or a glob; there may be several.
+    MODEL is torchvision:NAME, timm:NAME, hf:NAME, or a file: Keras (.keras, .h5), ONNX, TFLite, TorchScript,
+    torch.export (.pt2), or weights (.safetensors, .pth) together with --arch. IMAGE is a picture, a folder or a glob;
+    there may be several.
 
     \b
       innersight demo                       (start here)

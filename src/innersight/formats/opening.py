@@ -177,7 +177,8 @@ def _opened_file(path: Path, arch: Any, weights: Any, device: Any, trust: bool) 
     from innersight.formats.weights import SUFFIXES, kind_of
 
     if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path} has the suffix {path.suffix or '(none)'}; expected one of {', '.join(SUFFIXES)}")
+        known = ", ".join((*KERAS, *ONNX, *TFLITE, *SUFFIXES))
+        raise InputError(f"{path} has the suffix {path.suffix or '(none)'}; expected one of {known}")
     kind = kind_of(path)
     if kind in ("torchscript", "exported"):
         if arch is not None or weights is not None:
