@@ -25,6 +25,9 @@ from innersight.viewer.keys import digest, key, parse
 from innersight.viewer.report import assembled, report, written
 from innersight.viewer.session import Session
 
+settings.register_profile("viewer", deadline=None)
+settings.load_profile("viewer")
+
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&"
 
 
@@ -560,5 +563,15 @@ def test_the_commands_write_a_page_and_refuse_in_a_sentence(tmp_path):
     assert "a report is a .html file" in run.output
 
 
-settings.register_profile("viewer", deadline=None)
-settings.load_profile("viewer")
+def test_two_networks_are_compared_on_what_was_given():
+    """Floats are compared as they are, not as the 8-bit pictures that they look like."""
+    x = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0)) * 5
+    pairs = Session([opened(), opened()], x).comparison()
+    assert pairs
+    assert all(p["equal"] for p in pairs)
+    other = opened()
+    with torch.no_grad():
+        other.module.conv1.weight *= 1.5
+    want = innersight.compare(opened(), other, x, method=None)
+    found = {p["a"]: p["sqnr"] for p in Session([opened(), other], x).comparison()}
+    assert found["conv1"] == pytest.approx(want.layers["conv1"].sqnr)

@@ -178,7 +178,8 @@ class Session:
         if known != len(self.pictures):
             from innersight.comparison import compare
 
-            found = compare(self.networks[0], self.networks[1], [p.display() for p in self.pictures], method=None)
+            shown = [p.values if p.original is None else p.original for p in self.pictures]
+            found = compare(self.networks[0], self.networks[1], shown, method=None)
             pairs = [
                 {"a": v.a, "b": v.b, "sqnr": None if v.equal else _number(v.sqnr), "equal": v.equal,
                  "cosine": _number(v.cosine), "order": v.order, "how": v.how}
@@ -307,15 +308,7 @@ class Session:
         with self.lock:
             index = self._targets[m][i] if target is None else self.class_index(m, target)
             other = None if against is None else self.class_index(m, against)
-            asked = {
-                "m": m,
-                "i": i,
-                "method": method,
-                "target": index,
-                "against": other,
-                "options": dict(options or {}),
-            }
-            name = key("saliency", digest(asked))
+            name = key("saliency", digest([m, i, method, index, other, dict(options or {})]))
             known = next((s for s in self.saliencies if s["key"] == name), None)
             if known is not None:
                 return known
