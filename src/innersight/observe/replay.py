@@ -36,7 +36,7 @@ class Replay:
             self.recording = engine.recording(x, again=True)  # another image may have gone another way
         self.node = self.recording.find(layer)
         self.plan: _Plan | None = None
-        self.stored: dict[int, tuple[torch.Tensor, Any]] = {}
+        self.stored: dict[int, Any] = {}  # node -> what the skipped operation answers
         self.together = engine.fixed_batch is None  # whether n values may be run as one batch
         try:
             two = of_two(engine, x, self.recording, again=reads)
@@ -76,12 +76,12 @@ class Replay:
         key = (id(self.recording), self.node.index)
         known = self.engine.skipped.get(key)
         if known is None or known[0] is not self.recording:
-            self._clean_run(self.x)
+            own = self._clean_run(self.x)
             if self.plan.frontier or self.plan.real:
-                return self.stored[self.node.index][0]
-            shapes = {i: observer.map_tensors(answer, _shape_only) for i, (_, answer) in self.stored.items()}
+                return own
+            shapes = {i: observer.map_tensors(answer, _shape_only) for i, answer in self.stored.items()}
             known = self.engine.skipped[key] = (self.recording, shapes)
-        self.stored = {i: (value, answer) for i, answer in known[1].items()}
+        self.stored = known[1]
         return value
 
     def _clean_run(self, x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,9 @@ class Replay:
             )  # fmt: skip
         assert isinstance(runner, _Store)
         self.stored = runner.stored
-        return runner.stored[self.node.index][0]
+        value = observer.first_tensor(runner.stored[self.node.index])
+        assert value is not None
+        return value
 
     @property
     def batch_dim(self) -> int:
@@ -365,7 +367,7 @@ class _Store(Runner):
         self.tail = self.length  # to the end, every call must be the one that was learnt
         self.plan = plan
         self.node = node
-        self.stored: dict[int, tuple[torch.Tensor, Any]] = {}  # node -> (first tensor, whole answer)
+        self.stored: dict[int, Any] = {}  # node -> its answer
 
     def _run(self, _position: int, call: Call, func: Callable, args: tuple, kwargs: dict) -> Any:
         out = func(*args, **kwargs)
@@ -375,10 +377,7 @@ class _Store(Runner):
         answer = out if target is None else target
         # Clones, since something may be written into these later; of what nobody reads only the shape is kept.
         keep = call.node in self.plan.frontier or call.node == self.node.index
-        answer = observer.map_tensors(answer, torch.clone if keep else _shape_only)
-        first = observer.first_tensor(answer)
-        assert first is not None
-        self.stored[call.node] = first, answer
+        self.stored[call.node] = observer.map_tensors(answer, torch.clone if keep else _shape_only)
         return out
 
 
@@ -409,7 +408,7 @@ class _Skip(Runner):
             grown = _grow(t, self.plan.batch_dim.get((index, next(outputs))), self.n)
             return grown.clone() if index in self.plan.own else grown
 
-        answer = observer.map_tensors(self.stored[index][1], batch)
+        answer = observer.map_tensors(self.stored[index], batch)
         if index == self.node.index:
             answer = observer.with_first(answer, self.values_given)
         node = self.recording.nodes[index]
