@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_BODY = 32 << 20
 MAX_PICTURES = 500  # in a session
+FORGOTTEN = 20  # jobs that are over and that nobody listened to, at most
 ALIVE = 15.0  # seconds between signs of life on a stream
 START = 'import("#app").then((app) => app.start());'
 HEADERS = {
@@ -149,9 +150,8 @@ class Viewer:
             asked = json.loads(await request.body())
         except (ValueError, RecursionError):
             raise errors.InputError("expected a JSON object") from None
-        if not isinstance(asked, dict) or (missing := [n for n in names if n not in asked]):
+        if not isinstance(asked, dict) or not set(names) <= set(asked):
             raise errors.InputError(f"expected a JSON object with {', '.join(names)}")
-        del missing
         return asked
 
     # -- jobs
@@ -166,6 +166,8 @@ class Viewer:
         run = self._maximize(m, asked) if asked["kind"] == "maximize" else self._explain(m, asked)
         loop = asyncio.get_running_loop()
         number = f"{next(self.numbers)}"
+        for old in [k for k, j in self.jobs.items() if j.over and not j.listeners][:-FORGOTTEN]:
+            del self.jobs[old]
         job = self.jobs[number] = Job(run)
         self.worker.submit(self._work, job, self.session.networks[m], loop)
         return JSONResponse({"id": number}, status_code=202)
@@ -243,15 +245,6 @@ class Viewer:
                 if job.over:
                     self.jobs.pop(number, None)
 
-    async def stop(self, request: Request) -> Response:
-        from starlette.responses import Response
-
-        job = self.jobs.get(request.path_params["number"])
-        if job is None:
-            return self.problem(404, "there is no such job")
-        job.cancelled = True
-        return Response(status_code=204)
-
     # -- errors
 
     @staticmethod
@@ -280,7 +273,7 @@ class Guard:
         if problem is not None:
             await self.answer(send, *problem)
             return
-        await self.app(scope, self.counted(scope, receive), self.marked(send))
+        await self.app(scope, self.counted(receive), self.marked(send))
 
     def problem(self, scope: dict[str, Any]) -> tuple[int, str, dict[str, str]] | None:
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
@@ -291,10 +284,8 @@ class Guard:
             return 403, "requests of other pages are refused", {}
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             return 403, "requests of other pages are refused", {}
-        if (
-            int(headers.get("content-length", "0") if headers.get("content-length", "0").isdigit() else MAX_BODY + 1)
-            > MAX_BODY
-        ):
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > MAX_BODY:
             return 413, f"no more than {MAX_BODY >> 20} MB are taken", {}
         query = dict(part.partition("=")[::2] for part in scope["query_string"].decode("latin-1").split("&"))
         if scope["path"] == "/" and secrets.compare_digest(query.get("token", "").encode(), self.token.encode()):
@@ -312,7 +303,7 @@ class Guard:
         await send({"type": "http.response.start", "status": status, "headers": pairs})
         await send({"type": "http.response.body", "body": body})
 
-    def counted(self, _scope: dict[str, Any], receive: Callable) -> Callable:
+    def counted(self, receive: Callable) -> Callable:
         """Bodies without a length are counted as they come."""
         size = 0
 
@@ -354,7 +345,6 @@ def application(session: Session, token: str, port: int, hosts: Sequence[str] = 
         Route("/api/hide", viewer.hide, methods=["POST"]),
         Route("/api/jobs", viewer.start, methods=["POST"]),
         Route("/api/jobs/{number}/events", viewer.events),
-        Route("/api/jobs/{number}", viewer.stop, methods=["DELETE"]),
     ]
     handlers: dict[Any, Any] = {
         errors.InnersightError: viewer.refused,
