@@ -48,12 +48,16 @@ for _job in (IG, SMOOTH, OCCLUSION, ABLATION, SCORE, RISE, LRP, DEEPLIFT):
     JOBS[_job.key] = _job
 
 
-def _gradients(model: torch.nn.Module, points: torch.Tensor, target: int, chunk: int = CHUNK) -> torch.Tensor:
-    """The sum of the input gradients at many points, some at a time."""
+def _gradients(
+    model: torch.nn.Module, points: torch.Tensor, target: int, chunk: int = CHUNK, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The (weighted) sum of the input gradients at many points, some at a time."""
+    weights = torch.ones(len(points), 1, 1, 1) if weights is None else weights
     total = torch.zeros_like(points[:1])
-    for part in points.split(chunk):
+    for part, weight in zip(points.split(chunk), weights.split(chunk), strict=True):
         part = part.clone().requires_grad_()
-        total += torch.autograd.grad(model(part)[:, target].sum(), part)[0].sum(0, keepdim=True)
+        gradient = torch.autograd.grad(model(part)[:, target].sum(), part)[0]
+        total += (weight * gradient).sum(0, keepdim=True)
     return total
 
 
@@ -75,15 +79,7 @@ def _ig_by_hand(s: Subject, chunk: int) -> Run:
     at = torch.tensor((places + 1) / 2, dtype=x.dtype)[:, None, None, None]
     share = torch.tensor(weights / 2, dtype=x.dtype)[:, None, None, None]
 
-    def call() -> torch.Tensor:
-        total = torch.zeros_like(x)
-        for a, w in zip(at.split(chunk), share.split(chunk), strict=True):
-            part = (a * x).requires_grad_()
-            g = torch.autograd.grad(model(part)[:, s.target].sum(), part)[0]
-            total += (w * g).sum(0, keepdim=True)
-        return total * x
-
-    return Run(call, lambda found: [found.sum(1)])
+    return Run(lambda: _gradients(model, at * x, s.target, chunk, share) * x, lambda found: [found.sum(1)])
 
 
 @IG.by("torch", "by hand: Gauss-Legendre points, frozen parameters, one at a time")

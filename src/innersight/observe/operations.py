@@ -120,16 +120,10 @@ def _pointwise(call: Call) -> State:
 
 @_rule(*"""
     contiguous clone to float double half bfloat16 int long bool type type_as cpu cuda detach alias data real
-    requires_grad lift_fresh _to_copy
+    requires_grad lift_fresh _to_copy exact
     """.split())  # fmt: skip
 def _same(call: Call) -> State:
-    """The tensor itself; another one, if given, lends its type alone."""
-    return call.state()
-
-
-@_rule("exact")
-def _exact(call: Call) -> State:
-    """The integers see what their float twin sees."""
+    """The tensor itself (another one, if given, lends its type alone); integers see what their float twin sees."""
     return call.state()
 
 

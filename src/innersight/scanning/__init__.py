@@ -73,6 +73,7 @@ def scan(
     one kind of machine, with one number of threads: sums in a convolution depend on both). Memory does not grow with
     the number of images. Raises InputError, Unsupported or UnknownName in a sentence.
     """
+    from innersight.network import open as open_network
     from innersight.scanning import store
     from innersight.scanning.data import open_data
 
@@ -81,7 +82,7 @@ def scan(
     for package in ("pyarrow", "sklearn"):
         errors.need(package, "scan", "scanning a data set")
     _check(top, limit, shard, crops)
-    net = _opened(net)
+    net = open_network(net)
     source = open_data(data, root).limited(limit)
     folder = Path(out)
     _check_folder(folder, resume or bool(merge))
@@ -108,13 +109,6 @@ def scan(
         _finish(folder, net, source, plan, parts, manifest, crops)
     store.remove_parts(folder)
     return Scan(folder)
-
-
-def _opened(net: Any) -> Network:
-    from innersight.network import Network
-    from innersight.network import open as opened
-
-    return net if isinstance(net, Network) else opened(net)
 
 
 def _check(top: int, limit: int | None, shard: tuple[int, int] | None, crops: int) -> None:

@@ -52,13 +52,13 @@ def quantized(maps: np.ndarray) -> dict[str, np.ndarray]:
 
     A channel that is the same everywhere has low = high and bytes of 0.
     """
-    finite = np.isfinite(maps)
-    clean = np.where(finite, maps, np.nan).astype(np.float64).reshape(len(maps), -1)
-    some = finite.reshape(len(maps), -1).any(1)
-    low, high = (np.where(some, f(np.where(np.isnan(clean), other, clean), axis=1), 0.0)
-                 for f, other in ((np.min, np.inf), (np.max, -np.inf)))  # fmt: skip
+    flat = maps.reshape(len(maps), -1).astype(np.float64)
+    finite = np.isfinite(flat)
+    some = finite.any(1)
+    low = np.where(some, np.where(finite, flat, np.inf).min(1), 0.0)
+    high = np.where(some, np.where(finite, flat, -np.inf).max(1), 0.0)
     span = np.where(high > low, high - low, 1.0)
-    q = np.nan_to_num((clean - low[:, None]) / span[:, None] * 255)
+    q = (np.where(finite, flat, low[:, None]) - low[:, None]) / span[:, None] * 255
     return {"low": low, "high": high, "q": np.rint(q).astype(np.uint8).reshape(maps.shape)}
 
 

@@ -113,7 +113,7 @@ def _explain(session: Session, methods: Sequence[str], progress: Callable) -> li
 
 
 def _fixed(session: Session) -> Iterator[tuple[str, bytes]]:
-    """What every report holds: pictures, saliency, and numbers of all channels of all layers."""
+    """What every report holds, beside the numbers of all channels: pictures and saliency."""
     for i in range(len(session.pictures)):
         yield (k := key("picture", i)), session.get(k)
     for entry in session.saliencies:
