@@ -89,7 +89,7 @@ def written(session: Session, methods: Sequence[str], limit: int, progress: Call
     if len(content) > limit:
         raise errors.InputError(
             f"the report takes {len(content) / 1e6:.1f} MB even without maps, more than the {limit / 1e6:g} MB "
-            "allowed; give fewer pictures or a larger max_mb"
+            "allowed; give fewer pictures, or allow more with max_mb="
         )
     return content
 
