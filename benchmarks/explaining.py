@@ -100,7 +100,7 @@ def ig_fixed(s: Subject) -> Run:
     )
 
 
-@IG.by("innersight", '`net.explain(x, "integrated_gradients")`: until complete to 1%')
+@IG.by("innersight", '`net.explain(x, "integrated_gradients")`: until complete to 1%', only="small networks")
 def ig_adaptive(s: Subject) -> Run:
     return Run(lambda: s.net.explain(_one(s), "integrated_gradients", target=s.target))
 
@@ -206,7 +206,7 @@ def captum_occlusion(s: Subject) -> Run:
     return _captum_occlusion(s, CHUNK)
 
 
-@OCCLUSION.by("Captum", "`Occlusion`, perturbations_per_eval=8")
+@OCCLUSION.by("Captum", "`Occlusion`, perturbations_per_eval=8", only="small networks")
 def captum_occlusion_few(s: Subject) -> Run:
     return _captum_occlusion(s, 8)
 
@@ -216,7 +216,7 @@ def captum_occlusion_many(s: Subject) -> Run:
     return _captum_occlusion(s, 32)
 
 
-@OCCLUSION.by("Captum", "`Occlusion`, its default, one at a time")
+@OCCLUSION.by("Captum", "`Occlusion`, its default, one at a time", only="small networks")
 def captum_occlusion_plain(s: Subject) -> Run:
     return _captum_occlusion(s, 1)
 

@@ -151,7 +151,7 @@ class Candidate:
     who: str
     setting: str
     prepare: Callable[[Subject], Run]
-    only: str = ""  # "batch 1": too slow for more
+    only: str = ""  # "batch 1", "small networks": too slow for more
 
 
 @dataclass

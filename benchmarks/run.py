@@ -1,28 +1,30 @@
 """How long innersight takes for the main jobs, as ratios to a bare run and beside its peers: `make benchmark`.
 
     python benchmarks/run.py [--quick] [--models resnet18,...] [--jobs maps,...] [--batches 1,8] [--memory]
-                             [--out docs/benchmarks.md]
+                             [--log results.json] [--out docs/benchmarks.md]
 
 All candidates of a job run in one process, in turn, for several rounds; what is reported are ratios to the job's unit,
 which hold from machine to machine where seconds do not. Before that, each candidate's values are compared with those
-of plain torch. With `--memory` each runs once more in a process of its own, for its peak of memory.
+of plain torch. With `--memory` each runs once more in a process of its own, for its peak of memory (on Linux).
+With `--log` results are kept, and what is there is not measured again: hours of measuring can be done in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
+import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import explaining  # noqa: F401  (adds its jobs to JOBS)
@@ -40,7 +42,9 @@ MODELS = {
     "mobilenet_v3_large": "MobileNetV3",
     "vit_b_16": "ViT-B/16",
 }
+SMALL = ["resnet18", "mobilenet_v3_large"]
 THREADS = 2
+LONG = 3.0  # seconds of a call that needs no more warming up than the one whose values are compared
 TOLERANCE = 1e-5  # of the largest value
 # Batches say something where arithmetic outweighs calls; ViT's would take longer than they tell.
 BATCHED = [("resnet18", "maps"), ("resnet18", "gradient"), ("resnet50", "gradient"), ("resnet50", "gradcam")]
@@ -54,6 +58,7 @@ class Row:
     median: of the rounds' ratios; best: its fastest call over the unit's fastest call
     error:  largest difference from the reference, over the reference's largest value; None where none was compared
     memory: MB above what was there before the call
+    first:  seconds of the call whose values were compared
     """
 
     candidate: Candidate
@@ -61,15 +66,23 @@ class Row:
     best: float | None = None
     error: float | None = None
     memory: float | None = None
+    first: float = 0.0
     refusal: str = ""
 
 
 @dataclass
 class Result:
+    """One job on one network with one batch size, over so many rounds."""
+
     job: Job
     model: str
     batch: int
+    rounds: int
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return f"{self.job.key},{self.model},{self.batch}"
 
     @property
     def title(self) -> str:
@@ -89,11 +102,15 @@ def prepare(job: Job, s: Subject) -> tuple[list[Row], list[Run | None]]:
         row, run, values = Row(candidate), None, None
         if candidate.only == "batch 1" and len(s.x) > 1:
             row.refusal = "run with batch 1 only, for its length"
+        elif candidate.only == "small networks" and s.name not in SMALL:
+            row.refusal = "run on small networks only, for its length"
         else:
             try:
                 run = candidate.prepare(s)
                 with run.around():
+                    start = time.perf_counter()
                     result = run.call()
+                    row.first = time.perf_counter() - start
                 values = arrays(run.values(result)) if run.values else None
                 del result
             except NotOffered as refusal:
@@ -128,17 +145,18 @@ def measure(job: Job, s: Subject, rounds: int, least: float, tick: object) -> li
     times: list[list[float]] = [[] for _ in rows]
     timed = [i for i, run in enumerate(runs) if run is not None]
     repeats = 1
-    for r in range(rounds + 1):  # the first is for warming up, and to learn how long the unit takes
+    warm = rows[timed[0]].first < LONG  # a round for warming up, and to learn how long the unit takes
+    for r in range(rounds + warm):
         shift = r % len(timed)
         for i in [timed[0], *timed[1 + shift :], *timed[1 : 1 + shift]]:
             run = runs[i]
             assert run is not None
             times[i].append(fastest(run, repeats, least))
             tick()  # type: ignore[operator]
-        if r == 0:
+        if r == 0 and warm:
             repeats = int(max(1, min(10, least / times[0][0])))
     for i in timed:
-        kept, unit = times[i][1:], times[0][1:]
+        kept, unit = times[i][warm:], times[0][warm:]
         rows[i].median = statistics.median(a / b for a, b in zip(kept, unit, strict=True))
         rows[i].best = min(kept) / min(unit)
     return rows
@@ -166,20 +184,55 @@ def peak_memory(job: Job, model: str, batch: int, index: int) -> float | None:
 
 
 def run_one(job: str, model: str, batch: str, index: str) -> None:
-    s = subject(model, int(batch), calibrated=False)  # that would be a larger peak than what is measured
+    s = subject(model, int(batch), calibrated=False)
     run = JOBS[job].candidates[int(index)].prepare(s)
-    page = os.sysconf("SC_PAGE_SIZE")
     with run.around():
         gc.collect()
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * page
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hold what the call needs
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+        before = resident("VmRSS")
         result = run.call()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resident("VmHWM")
     del result
     print(max(0.0, (peak - before) / 2**20))
 
 
+def resident(name: str) -> int:
+    """Bytes of this process's memory: VmRSS now, VmHWM at its peak."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{name}:")))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Telling
+
+
+def keep(log: Path, results: Sequence[Result]) -> None:
+    told = {
+        r.key: {"rounds": r.rounds, "rows": {_who(row.candidate): _numbers(row) for row in r.rows}} for r in results
+    }
+    log.write_text(json.dumps(told, indent=1))
+
+
+def kept(log: Path) -> list[Result]:
+    """What was measured before; candidates that did not exist then are rows that say so."""
+    found = []
+    for key, told in json.loads(log.read_text()).items() if log.is_file() else ():
+        job, model, batch = key.split(",")
+        result = Result(JOBS[job], model, int(batch), told["rounds"])
+        for candidate in JOBS[job].candidates:
+            numbers = told["rows"].get(_who(candidate), {"refusal": "not measured"})
+            result.rows.append(Row(candidate, **numbers))
+        found.append(result)
+    return found
+
+
+def _who(candidate: Candidate) -> str:
+    return f"{candidate.who}: {candidate.setting}"
+
+
+def _numbers(row: Row) -> dict[str, object]:
+    return {f.name: getattr(row, f.name) for f in fields(row) if f.name != "candidate"}
 
 
 def cell(row: Row) -> str:
@@ -218,13 +271,15 @@ def show(results: Sequence[Result], console: Console) -> None:
             console.print(f"  {remark}")
 
 
-def markdown(results: Sequence[Result], rounds: int) -> str:
+def markdown(results: Sequence[Result]) -> str:
+    rounds = sorted({r.rounds for r in results})
+    over = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     lines = [
         "# Benchmarks",
         "",
         f"Written by `benchmarks/run.py {' '.join(sys.argv[1:])}`. Ratios of wall time; the first row of each table is "
         "the unit. A cell holds the "
-        f"median over {rounds} interleaved rounds and, in brackets, the fastest call over the unit's fastest call, "
+        f"median over {over} interleaved rounds and, in brackets, the fastest call over the unit's fastest call, "
         "which other programs on the machine disturb least. Batch 1 where nothing else is said, 224x224, random "
         "weights, BatchNorm statistics from one pass over noise.",
         "",
@@ -286,6 +341,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8", help="1, 8 or both; 8 is run where it says something")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true", help="each candidate's peak of memory, too")
+    parser.add_argument("--log", type=Path, help="a file of results, which is gone on with")
     parser.add_argument("--out", type=Path, help="a Markdown file for the tables")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -297,17 +353,19 @@ def main() -> None:
     models = chosen(options.models or ("resnet18" if options.quick else None), list(MODELS), "model")
     jobs = chosen(options.jobs, list(JOBS), "job")
     batches = chosen("1" if options.quick else options.batches, ["1", "8"], "batch size")
-    rounds, least = (2, 0.0) if options.quick else (max(5, options.rounds), 0.3)
+    rounds, least = (2, 0.0) if options.quick else (options.rounds, 0.3)
     console = Console()
-    results = []
+    results = kept(options.log) if options.log else []
+    done = {r.key for r in results}
     bar = [SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed} calls"), TimeElapsedColumn()]
     for batch in map(int, batches):
         for model in models:
             wanted = [j for j in jobs if batch == 1 or (model, j) in BATCHED]
+            wanted = [j for j in wanted if f"{j},{model},{batch}" not in done]
             s = subject(model, batch) if wanted else None
             for key in wanted:
                 assert s is not None
-                result = Result(JOBS[key], model, batch)
+                result = Result(JOBS[key], model, batch, rounds)
                 with Progress(*bar, console=console, transient=True) as progress:
                     task = progress.add_task(f"{result.title}: {JOBS[key].title}")
                     result.rows = measure(JOBS[key], s, rounds, least, lambda t=task, p=progress: p.advance(t))
@@ -315,9 +373,14 @@ def main() -> None:
                     for index, row in enumerate(result.rows):
                         row.memory = None if row.refusal else peak_memory(JOBS[key], model, batch, index)
                 results.append(result)
-                if options.out:  # each time: an interrupted run leaves what it has
-                    options.out.write_text(markdown(results, rounds))
+                if options.log:  # each time: an interrupted run leaves what it has
+                    keep(options.log, results)
+                if options.out:
+                    options.out.write_text(markdown(results))
                 console.print(f"{result.title}, {JOBS[key].title}: done")
+    results.sort(key=lambda r: (r.batch, list(MODELS).index(r.model)))
+    if options.out:
+        options.out.write_text(markdown(results))
     show(results, console)
 
 
