@@ -998,6 +998,10 @@ def _opened_for(source: str, which: str, opening: Mapping[str, Any]) -> Any:
 _with_option = click.option(
     "--with", "other", metavar="MODEL_B", help="A second network on the same pictures, to compare."
 )
+_scan_option = click.option(
+    "--scan", "scans", multiple=True, type=click.Path(path_type=Path), metavar="DIR",
+    help="What innersight scan wrote of this network, or of the second: channels, images and findings of a data set.",
+)  # fmt: skip
 _explained_option = click.option(
     "--target", metavar="CLASS", help="What is explained; default the class that each network predicts."
 )
@@ -1009,13 +1013,14 @@ _explained_option = click.option(
               "gradcam,smoothgrad,integrated_gradients.")  # fmt: skip
 @_explained_option
 @_with_option
+@_scan_option
 @click.option("--title", metavar="TEXT", help="Of the page; default the network's name.")
 @click.option("--max-mb", type=click.FloatRange(min=0.1), default=25.0, show_default=True, metavar="MB",
               help="The file is no larger; what is left out for it is said on the page.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default="report.html", show_default=True, metavar="FILE")
 @_on_model(images=True)
 def report(model: Model, images: tuple[str, ...], methods: tuple[str, ...], target: str | None, other: str | None,
-           title: str | None, max_mb: float, out: Path, as_json: bool) -> None:  # fmt: skip
+           scans: tuple[Path, ...], title: str | None, max_mb: float, out: Path, as_json: bool) -> None:  # fmt: skip
     """All about MODEL on these IMAGEs, as one page.
 
     Every layer's maps with their receptive fields, saliency maps with their verdicts, predictions: the page of
@@ -1032,7 +1037,7 @@ def report(model: Model, images: tuple[str, ...], methods: tuple[str, ...], targ
     nets = [model.open(), *([] if other is None else [_second(model, other)])]
     with _stages(quiet=as_json) as progress:
         file = page.report(
-            nets, list(images), out, methods=chosen, target=target, title=title, max_mb=max_mb,
+            nets, list(images), out, methods=chosen, target=target, title=title, max_mb=max_mb, scan=scans or None,
             progress=lambda done, total, what: progress(what, done, total, ""),
         )  # fmt: skip
     size = file.stat().st_size
@@ -1046,11 +1051,14 @@ def report(model: Model, images: tuple[str, ...], methods: tuple[str, ...], targ
 @main.command()
 @_explained_option
 @_with_option
+@_scan_option
+@click.option("--data", metavar="DATA", help="The data set that was scanned, to look at its images.")
+@click.option("--root", type=click.Path(path_type=Path), metavar="DIR", help="Where the files of mnist, cifar10 are.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="N", help="Default: any that is free.")
 @click.option("--browser/--no-browser", default=True, help="Open the page in the browser.")
 @_on_model(images=True, required=False, as_json=False)
-def view(model: Model, images: tuple[str, ...], target: str | None, other: str | None, port: int,
-         browser: bool) -> None:  # fmt: skip
+def view(model: Model, images: tuple[str, ...], target: str | None, other: str | None, scans: tuple[Path, ...],
+         data: str | None, root: Path | None, port: int, browser: bool) -> None:  # fmt: skip
     """Look into MODEL in the browser.
 
     Served on this machine alone, computed on demand. The address carries a token: other users and other web pages get
@@ -1062,7 +1070,10 @@ def view(model: Model, images: tuple[str, ...], target: str | None, other: str |
         _check_images(images)
     nets = [model.open(), *([] if other is None else [_second(model, other)])]
     _notes(nets[0].notes)
-    server.view(nets, list(images) or None, target=target, port=port, browser=browser, told=click.echo)
+    server.view(
+        nets, list(images) or None, target=target, port=port, browser=browser, scan=scans or None, data=data, root=root,
+        told=click.echo,
+    )  # fmt: skip
 
 
 def _second(model: Model, source: str) -> Network:

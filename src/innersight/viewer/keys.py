@@ -5,7 +5,9 @@ maps/0/0/layer1.0.conv1         network, picture, layer: all channels as bytes
 stats/0/0/layer1.0.conv1        what each channel does there, and a thumbnail of the most active one
 relevance/0/0/layer1.0.conv1/7  and what each says for a class
 filters/0/layer1.0.conv1        its weights
+effective/0/layer1.0.conv1      the box that moves its middle unit most
 saliency/0123abcd               a saliency map, by the hash of what was asked for
+channels, strip, images, gallery: see dataset.py
 """
 
 from __future__ import annotations

@@ -8,10 +8,11 @@ important last, and the page says what and by how much. The same networks, pictu
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import html
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 MEGABYTES = 25  # what a mail takes
 METHODS = ("gradcam", "smoothgrad", "integrated_gradients")
+_SCANNED = 0.4  # of the room that is left goes to the data set, at most
 _GROUP = 64 << 20  # bytes of values that are read in one pass
 
 # What is left of a layer's maps on one picture: (cells a side, channels) at most; None: all. The last leaves none.
@@ -52,6 +54,7 @@ def report(
     target: Any = None,
     title: str | None = None,
     max_mb: float = MEGABYTES,
+    scan: Any = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Path:
     """Write the page with everything about these pictures in it.
@@ -61,10 +64,11 @@ def report(
     methods:  of saliency, each computed for every picture
     target:   the class that is explained; default what each network predicts
     max_mb:   the file is made no larger (10^6 bytes)
+    scan:     what `innersight.scan` made of a data set and a network here, as a folder or a Scan, or one for each
 
     Raises InputError where the page without any maps is already larger.
     """
-    session = Session(opened(networks), images, target=target, title=title)
+    session = Session(opened(networks), images, target=target, title=title, scan=scan)
     if not session.pictures:
         raise errors.InputError("a report shows pictures: name one or more")
     content = written(session, methods, int(max_mb * 1e6), progress or (lambda *_: None))
@@ -79,12 +83,11 @@ def written(session: Session, methods: Sequence[str], limit: int, progress: Call
     fixed = dict(_fixed(session))
     manifest = session.manifest() | {"refused": refused}
     manifest |= {"reduced": [], "limit": limit}
+    _effective(session, manifest, progress)
+    scanned = _SCANNED * (limit - len(assembled(manifest, fixed, session.overlays)))
+    fixed |= _within(_data_set(session), scanned)
     kept, manifest["reduced"] = _fitted(session, limit - len(assembled(manifest, fixed, session.overlays)), progress)
-    room = limit - len(assembled(manifest, fixed | kept, session.overlays))
-    for name, chunk in _filters(session):
-        if (cost := _cost(name, chunk)) <= room:
-            fixed[name] = chunk
-            room -= cost
+    fixed |= _within(_filters(session), limit - len(assembled(manifest, fixed | kept, session.overlays)))
     content = assembled(manifest, fixed | kept, session.overlays)
     if len(content) > limit:
         raise errors.InputError(
@@ -110,6 +113,41 @@ def _explain(session: Session, methods: Sequence[str], progress: Callable) -> li
             if not any(r["network"] == m and r["method"] == name for r in refused):
                 refused.append({"network": m, "method": name, "why": str(error)})
     return refused
+
+
+def _within(found: Iterable[tuple[str, bytes]], room: float) -> dict[str, bytes]:
+    """Those that there is room for, in the order they come."""
+    kept = {}
+    for name, chunk in found:
+        if (cost := _cost(name, chunk)) <= room:
+            kept[name] = chunk
+            room -= cost
+    return kept
+
+
+def _effective(session: Session, manifest: dict[str, Any], progress: Callable) -> None:
+    """What moves a unit most, of every layer with a place in the picture."""
+    every = [(net["id"], layer) for net in manifest["networks"] for layer in net["layers"] if layer["grid"]]
+    for done, (m, layer) in enumerate(every):
+        progress(done, len(every), "receptive fields")
+        with contextlib.suppress(errors.Unsupported):  # a layer without a gradient has none
+            layer["effective"] = list(session.effective(m, layer["name"]))
+
+
+def _data_set(session: Session) -> Iterator[tuple[str, bytes]]:
+    """What there is of a data set, the important first."""
+    there = [(m, dataset) for m, dataset in enumerate(session.datasets) if dataset is not None]
+    for m, dataset in there:
+        every = [
+            key("images", m),
+            *(key("gallery", m, n) for n, one in enumerate(dataset.findings) if one.picture),
+            *(key("channels", m, name) for name in dataset.scan.layers),
+        ]
+        for name in every:
+            yield name, session.get(name)
+    for m, dataset in there:
+        for layer, channel in dataset.strips():
+            yield key("strip", m, layer, channel), dataset.strip(layer, channel)
 
 
 def _fixed(session: Session) -> Iterator[tuple[str, bytes]]:

@@ -19,7 +19,7 @@ import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -127,15 +127,27 @@ class Viewer:
         return JSONResponse(await self.compute(self._add, body, name), status_code=201)
 
     def _add(self, body: bytes, name: str) -> dict[str, Any]:
-        if len(self.session.pictures) >= MAX_PICTURES:
-            raise errors.InputError(f"there are {MAX_PICTURES} pictures already: start again for more")
         image = images.from_bytes(body, name)
         with self.session.lock:
-            (number,) = self.session.add([image])
-            for inputs in self.session._inputs:
-                if inputs is not None:
-                    inputs.pictures[number] = replace(inputs.pictures[number], name=name)
+            self._room()
+            (number,) = self.session.add([image], name)
             return self.session._input(number)
+
+    async def scanned(self, request: Request) -> Response:
+        from starlette.responses import JSONResponse
+
+        asked = await self.told(request, "network", "image")
+        return JSONResponse(await self.compute(self._scanned, int(asked["network"]), int(asked["image"])))
+
+    def _scanned(self, m: int, image: int) -> dict[str, Any]:
+        """An image of the data set as one more picture, or the picture that it already is."""
+        with self.session.lock:
+            self._room()
+            return self.session._input(self.session.add_scanned(m, image))
+
+    def _room(self) -> None:
+        if len(self.session.pictures) >= MAX_PICTURES:
+            raise errors.InputError(f"there are {MAX_PICTURES} pictures already: start again for more")
 
     async def hide(self, request: Request) -> Response:
         from starlette.responses import JSONResponse
@@ -342,6 +354,7 @@ def application(session: Session, token: str, port: int, hosts: Sequence[str] = 
         Route("/api/manifest", viewer.manifest),
         Route("/api/get/{key:path}", viewer.get),
         Route("/api/inputs", viewer.add, methods=["POST"]),
+        Route("/api/scanned", viewer.scanned, methods=["POST"]),
         Route("/api/hide", viewer.hide, methods=["POST"]),
         Route("/api/jobs", viewer.start, methods=["POST"]),
         Route("/api/jobs/{number}/events", viewer.events),
@@ -399,6 +412,9 @@ def view(
     target: Any = None,
     port: int = 0,
     browser: bool = True,
+    scan: Any = None,
+    data: Any = None,
+    root: Any = None,
     told: Callable[[str], Any] = lambda text: print(text, file=sys.stderr),
 ) -> Any:
     """Look into networks on a page: served on loopback until interrupted (Ctrl-C); in a notebook, shown in its cell.
@@ -408,10 +424,12 @@ def view(
     target:   the class that is explained; default what each network predicts
     port:     0 for any that is free
     browser:  open it in the browser
+    scan:     what `innersight.scan` made of a data set and a network here, as a folder or a Scan, or one for each
+    data:     the data set that was scanned, as `innersight.scan` takes it (root= too), to look at its images
 
     In a notebook nothing is served (a port is what fails there): a `Page` comes back, which holds its data.
     """
-    session = Session(opened(networks), images, target=target)
+    session = Session(opened(networks), images, target=target, scan=scan, data=data, root=root)
     if in_notebook():
         return Page(session)
     server = Server(session, port)

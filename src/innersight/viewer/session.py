@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from innersight.layers import Layer
     from innersight.network import Network
     from innersight.results import Predictions, Saliency
+    from innersight.viewer.dataset import DataSet
 
 PICTURE_SIDE = 1024  # pictures are sent up to this many pixels a side
 OVERLAY_SIDE = 256  # and saliency maps over them, for where no script runs, up to this many
 THUMBNAIL = 28  # cells a side of a layer's thumbnail, at most
 KEPT = 256 << 20  # bytes of chunks that a session holds on to
 TOP = 5
+_LOOKED = 2  # pictures that an effective receptive field is averaged over
 COLORS = ("magma", "viridis", "cividis", "gray", color.SEQUENTIAL_OVERLAY, color.DIVERGING, color.DIVERGING_OVERLAY)
 
 
@@ -43,11 +45,14 @@ class Session:
     images:   anything `Network.read` takes; None for none yet
     target:   the class that is explained, a name or an index; default the class that each network predicts
     title:    of the page
+    scan:     a scan of each network, as a folder or a Scan, or a list of them
+    data:     the data set that was scanned, to look at its images; root: where the files of one named by a word are
     """
 
     def __init__(
-        self, networks: Sequence[Network], images: Any = None, *, target: Any = None, title: str | None = None
-    ):
+        self, networks: Sequence[Network], images: Any = None, *, target: Any = None, title: str | None = None,
+        scan: Any = None, data: Any = None, root: Any = None,
+    ):  # fmt: skip
         if not networks:
             raise errors.InputError("there is no network to look at")
         self.networks = prepared_alike(networks)
@@ -62,6 +67,11 @@ class Session:
         self._chunks: dict[str, bytes] = {}
         self._given = target
         self._compared: tuple[int, list[dict[str, Any]]] = (0, [])
+        self.datasets: list[DataSet | None] = [None] * len(networks)
+        if scan is not None or data is not None:
+            from innersight.viewer.dataset import matched
+
+            self.datasets = matched(self.networks, scan, data, root)
         if images is not None:
             self.add(images)
 
@@ -72,13 +82,15 @@ class Session:
         first = self._inputs[0]
         return [] if first is None else first.pictures
 
-    def add(self, images: Any) -> range:
-        """More pictures; the numbers they have from now on."""
+    def add(self, images: Any, name: str | None = None, label: Any = None) -> range:
+        """More pictures; the numbers they have from now on. name, label: of a single one, where it brings none."""
         import torch
 
         with self.lock:
             start = len(self.pictures)
             read = [n.read(images) for n in self.networks]
+            if name is not None:
+                read = [replace(r, pictures=[replace(p, name=name, label=label) for p in r.pictures]) for r in read]
             answers = [n.predict(r) for n, r in zip(self.networks, read, strict=True)]
             for m, (new, answer) in enumerate(zip(read, answers, strict=True)):
                 old, known = self._inputs[m], self._predictions[m]
@@ -90,6 +102,24 @@ class Session:
                 self._inputs[m], self._predictions[m] = new, answer
                 self._targets[m] += [self._target(m, i) for i in range(start, len(new.pictures))]
             return range(start, len(self.pictures))
+
+    def add_scanned(self, m: int, number: int) -> int:
+        """An image of the data set that network m was scanned on, as one more picture; its number among them."""
+        dataset = self._dataset(m)
+        sample = dataset.sample(number, self.networks[m])
+        picture = sample.picture
+        assert picture is not None
+        for i, known in enumerate(self.pictures):
+            if known.name == sample.name:
+                return i
+        shown = picture.values if picture.original is None else picture.original
+        return self.add([shown], sample.name, sample.label)[0]
+
+    def _dataset(self, m: int) -> DataSet:
+        found = self.datasets[m] if 0 <= m < len(self.datasets) else None
+        if found is None:
+            raise errors.UnknownName("there is no scan of this network here: innersight scan makes one")
+        return found
 
     def _target(self, m: int, i: int) -> int | None:
         answer = self._predictions[m]
@@ -129,6 +159,7 @@ class Session:
                 "methods": _methods() if live else [],
                 "saliency": list(self.saliencies),
                 "comparison": self.comparison(),
+                "scans": [None if d is None else d.manifest() for d in self.datasets],
             }
 
     def _network(self, m: int) -> dict[str, Any]:
@@ -208,7 +239,11 @@ class Session:
 
     def _makers(self) -> dict[str, Callable[..., bytes]]:
         return {"picture": self._picture, "maps": self._maps, "stats": self._stats, "relevance": self._relevance,
-                "filters": self._filters}  # fmt: skip
+                "filters": self._filters, "effective": self._effective,
+                "channels": lambda m, name: self._dataset(int(m)).channels(name),
+                "strip": lambda m, name, channel: self._dataset(int(m)).strip(name, int(channel)),
+                "images": lambda m: self._dataset(int(m)).images(),
+                "gallery": lambda m, n: self._dataset(int(m)).gallery(int(n))}  # fmt: skip
 
     def _keep(self, asked: str, chunk: bytes) -> bytes:
         self._chunks[asked] = chunk
@@ -285,6 +320,17 @@ class Session:
                     weight = tensors[held].detach().float().cpu().numpy()
                     return weight if weight.ndim == 4 else weight[:, :, None, None]
         return None
+
+    def _effective(self, m: str, name: str) -> bytes:
+        return chunks.pack({"box": np.array(self.effective(int(m), name), np.int32)})
+
+    def effective(self, m: int, name: str) -> tuple[int, int, int, int]:
+        """The box around the middle unit (top, left, bottom, right) that 90% of its squared gradient comes from."""
+        inputs = self._inputs[m]
+        shown = None
+        if inputs is not None:
+            shown = replace(inputs, tensor=inputs.tensor[:_LOOKED], pictures=inputs.pictures[:_LOOKED])
+        return self._table(m)[name].effective_receptive_field(shown)
 
     def hidden(self, m: int, i: int, box: Sequence[int]) -> list[list[Any]]:
         """What the network says when a box of its input (top, left, bottom, right) is filled with its mean."""

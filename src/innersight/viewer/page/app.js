@@ -2,6 +2,7 @@
 
 import * as color from '#color'
 import { CompareView } from '#compare'
+import { DatasetView } from '#dataset'
 import { failure, fill, h } from '#dom'
 import { LayerView } from '#layer'
 import { overview } from '#overview'
@@ -9,8 +10,10 @@ import { SaliencyView } from '#saliency'
 import { connect, open } from '#source'
 import { begin, set, state, subscribe } from '#state'
 
-const VIEWS = [['overview', 'Overview'], ['layer', 'Feature maps'], ['saliency', 'Saliency'], ['compare', 'Compare']]
-const KEYS = [['1 2 3 4', 'views'], ['j k', 'next and previous layer'], ['[ ]', 'previous and next picture'], ['arrows', 'move in the grid'], ['s', 'next way to sort'],
+const VIEWS = [['overview', 'Overview'], ['layer', 'Feature maps'], ['saliency', 'Saliency'], ['dataset', 'Data set'], ['compare', 'Compare']]
+const there = (view) => (view === 'compare' ? source.manifest.networks.length > 1 : view === 'dataset' ? Boolean(source.manifest.scans?.some(Boolean)) : true)
+const offered = () => VIEWS.filter(([v]) => there(v))
+const KEYS = [['1 … 5', 'views'], ['j k', 'next and previous layer'], ['[ ]', 'previous and next picture'], ['arrows', 'move in the grid'], ['s', 'next way to sort'],
   ['n', 'scale of the layer or of each map'], ['+ −', 'larger and smaller maps'], ['m', 'next way to show saliency'], ['o p', 'less and more opaque'], ['/', 'filter layers'],
   ['t', 'light or dark'], ['c', 'copy the link'], ['?', 'this list'], ['Esc', 'close, unmark']]
 
@@ -24,7 +27,7 @@ export async function start() {
     themed()
     color.begin(source.manifest.colors)
     begin()
-    if (state().view === 'dataset' || !VIEWS.some(([v]) => v === state().view)) set({ view: 'overview' })
+    if (!offered().some(([v]) => v === state().view)) set({ view: 'overview' })
     layout(app)
     subscribe(changed)
     document.addEventListener('keydown', pressed)
@@ -106,9 +109,12 @@ function changed(now, before) {
 async function render() {
   const s = state()
   const { manifest } = source
-  if (s.input >= manifest.inputs.length || s.input < 0) return manifest.inputs.length ? set({ input: 0 }) : empty()
+  if (s.input >= manifest.inputs.length || s.input < 0) {
+    if (manifest.inputs.length) return set({ input: 0 })
+    if (s.view !== 'dataset') return empty()
+  }
   if (s.network >= manifest.networks.length || s.network < 0) return set({ network: 0 })
-  fill(tabs, VIEWS.filter(([v]) => v !== 'compare' || manifest.networks.length > 1).map(([v, name], i) => h('a', {
+  fill(tabs, offered().map(([v, name], i) => h('a', {
     href: `#view=${v}`, title: `${name} (${i + 1})`, 'aria-current': v === s.view ? 'page' : null, onclick: (e) => { e.preventDefault(); set({ view: v }) },
   }, name)))
   fill(networks, manifest.networks.length > 1 && s.view !== 'compare' ? manifest.networks.map((n) => h('button', { type: 'button', 'aria-pressed': String(n.id === s.network), onclick: () => set({ network: n.id, target: -1 }) }, n.name)) : null)
@@ -117,7 +123,7 @@ async function render() {
   try {
     if (s.view === 'overview') overview(source, root)
     else {
-      const make = { layer: LayerView, saliency: SaliencyView, compare: CompareView }[s.view]
+      const make = { layer: LayerView, saliency: SaliencyView, compare: CompareView, dataset: DatasetView }[s.view]
       const view = (views[s.view] ||= new make(source, root))
       await view.show()
     }
@@ -156,8 +162,8 @@ function pressed(event) {
     t: toggleTheme, '?': () => dialog.showModal(), c: () => navigator.clipboard?.writeText(location.href),
     '/': () => document.getElementById('filter')?.focus(), Escape: () => set({ pixel: '', channel: -1 }),
   }
-  const view = VIEWS[Number(event.key) - 1]
-  const action = view && (view[0] !== 'compare' || manifest.networks.length > 1) ? () => set({ view: view[0] }) : actions[event.key]
+  const view = offered()[Number(event.key) - 1]
+  const action = view ? () => set({ view: view[0] }) : actions[event.key]
   if (!action) return
   event.preventDefault()
   action()

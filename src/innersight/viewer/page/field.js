@@ -7,6 +7,14 @@ export function box(layer, y, x) {
   return { top: f.y[2 * y], bottom: f.y[2 * y + 1], left: f.x[2 * x], right: f.x[2 * x + 1] }
 }
 
+// The box of most of what moves a unit: that of the middle unit, moved to where this one looks.
+export function effective(layer, found, y, x) {
+  if (!found || found[0] === found[2] || !layer.receptive_field) return null
+  const [middle, here] = [box(layer, Math.floor(layer.grid[1] / 2), Math.floor(layer.grid[2] / 2)), box(layer, y, x)]
+  const [down, right] = [here.top - middle.top, here.left - middle.left]
+  return { top: found[0] + down, left: found[1] + right, bottom: found[2] + down, right: found[3] + right }
+}
+
 // The rows and columns of units that look at a pixel of the input: [first, last], or null if none does.
 export function lookers(layer, y, x) {
   const f = layer.receptive_field

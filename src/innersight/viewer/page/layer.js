@@ -2,8 +2,9 @@
 
 import { channel as one } from '#codec'
 import { bar, image, number, percent, range, table } from '#color'
+import { overData } from '#dataset'
 import { fill, fit, h, select, slider, busy, failure } from '#dom'
-import { box, lookers, padding } from '#field'
+import { box, effective, lookers, padding } from '#field'
 import { Grid } from '#grid'
 import { thumbnail } from '#overview'
 import { PictureView } from '#picture'
@@ -13,19 +14,22 @@ import { set, state } from '#state'
 
 const SORTS = [['rms', 'activity'], ['index', 'number'], ['maximum', 'maximum'], ['zeros', 'fewest zeros'], ['relevance', 'relevance to the target']]
 
+const FORMS = [['grid', 'maps'], ['table', 'table']]
+
 const mean = (values) => values.reduce((a, v) => a + v, 0) / values.length
 
 export class LayerView {
   constructor(source, root) {
     this.source = source
     this.grid = new Grid({ hover: (...a) => this.hover(...a), pick: (p) => set({ channel: this.names(p) }) })
+    this.table = h('div.scroll', { tabIndex: 0, role: 'region', 'aria-label': 'channels in numbers' })
     this.rail = h('nav.rail', { 'aria-label': 'layers' })
     this.tools = h('div.tools')
     this.heading = h('header')
     this.note = h('div')
     this.inspector = h('aside.inspector', { tabIndex: 0, 'aria-label': 'picture and channel' })
     this.status = h('p.status', { 'aria-live': 'polite' })
-    fill(root, h('div.three', {}, this.rail, h('section.main', { 'aria-label': 'feature maps' }, this.heading, this.tools, this.note, this.grid.element, this.status), this.inspector))
+    fill(root, h('div.three', {}, this.rail, h('section.main', { 'aria-label': 'feature maps' }, this.heading, this.tools, this.note, this.grid.element, this.table, this.status), this.inspector))
   }
 
   async show() {
@@ -107,6 +111,7 @@ export class LayerView {
       this.stats ? `${this.silent()} silent` : ''].filter(Boolean)
     fill(this.heading, h('h2', {}, l.name), h('p.quiet', {}, facts.join(' · ')), l.grid_note ? h('p.quiet', {}, l.grid_note) : null)
     fill(this.tools,
+      select('as', FORMS, s.as, (as) => set({ as })),
       select('sort', SORTS, s.sort, (sort) => set({ sort })),
       select('scale', [['layer', 'one for the layer'], ['each', 'each map its own']], s.scale, (scale) => set({ scale })),
       select('colors', [['auto', 'automatic'], ...Object.keys(this.source.manifest.colors).map((c) => [c, c])], s.colors, (colors) => set({ colors })),
@@ -153,10 +158,31 @@ export class LayerView {
     this.window = (p) => (s.scale === 'layer' ? whole : range(maps.low[p], maps.high[p], this.signed))
     this.colors = table(s.colors, this.signed)
     const caption = s.sort === 'index' || s.sort === 'rms' ? (p) => number(maps.high[p]) : (p) => number(numbers[this.names(p)])
-    this.grid.show({ maps, order: positions, window: this.window, colors: this.colors, size: this.size(), picked: s.channel, names: (p) => this.names(p), caption })
+    this.grid.element.hidden = s.as === 'table'
+    this.table.hidden = s.as !== 'table'
+    if (s.as === 'table') this.tabled(positions)
+    else this.grid.show({ maps, order: positions, window: this.window, colors: this.colors, size: this.size(), picked: s.channel, names: (p) => this.names(p), caption })
     this.grid.look(this.region())
     const shown = s.scale === 'layer' ? `${number(whole[0])} to ${number(whole[1])}` : 'each map from its own range, the number below it is its maximum'
     this.key = h('div.key', {}, bar(h('canvas'), whole, this.colors), h('span', {}, shown))
+  }
+
+  // The grid in numbers: every channel, also those whose maps a report left out.
+  tabled(positions) {
+    const { stats } = this
+    const shown = positions.map((p) => this.names(p))
+    const rest = Array.from(stats.rms.keys()).filter((c) => !shown.includes(c))
+    const columns = [['maximum', number], ['mean', number], ['rms', number], ['minimum', number], ['zeros', percent], ...(stats.saturated ? [['saturated', percent]] : [])]
+    if (this.relevance) columns.push(['relevance', number])
+    const value = (name, c) => (name === 'relevance' ? this.relevance : stats[name])[c]
+    const wide = this.stats.about.size[1]
+    const picked = state().channel
+    fill(this.table, h('table.list', {}, h('caption', {}, `${this.layer.name}: ${stats.rms.length} channels, sorted as the maps are`),
+      h('thead', {}, h('tr', {}, ['channel', ...columns.map(([name]) => name), 'largest at'].map((t) => h('th', { scope: 'col' }, t)))),
+      h('tbody', {}, [...shown, ...rest].map((c) => h('tr', {},
+        h('th', { scope: 'row' }, h('button', { type: 'button', 'aria-pressed': String(c === picked), onclick: () => set({ channel: c }) }, String(c))),
+        columns.map(([name, say]) => h('td.number', {}, say(value(name, c)))),
+        h('td.number', {}, `row ${Math.floor(stats.place[c] / wide)}, column ${stats.place[c] % wide}`))))))
   }
 
   // The cells that look at the pixel that was clicked, on the grid of what is shown.
@@ -181,11 +207,24 @@ export class LayerView {
       this.cellNote = h('p.quiet.cell', {}, 'Point at a cell of a map: its receptive field is drawn here. Click here: the units that look at that pixel are marked.')
       this.strongest = h('div')
     }
+    this.moved()
     const parts = [h('h3', {}, entry.name), this.picture.element, this.cellNote, this.strongest, this.key]
     const position = this.position(s.channel)
     if (position >= 0) parts.push(this.channelPanel(position))
     fill(this.inspector, parts)
     this.marked()
+  }
+
+  // The effective receptive field of this layer: in a report with the layer, live when it is first asked for.
+  async moved() {
+    const { layer } = this
+    this.effective = layer.effective || null
+    if (this.effective || !this.source.live || !layer.receptive_field) return
+    const asked = key('effective', state().network, layer.name)
+    try {
+      const found = await this.source.get(asked)
+      if (layer === this.layer) this.effective = Array.from(found.box)
+    } catch { /* a layer without a gradient has none */ }
   }
 
   position(number_) {
@@ -236,10 +275,11 @@ export class LayerView {
     const size = this.source.manifest.inputs[state().input].frames[state().network].size
     fill(this.status, `channel ${this.names(position)}, row ${cy}, column ${cx}: ${number(map.at(y, x))} (±${number(map.step / 2)})${this.integer(map.at(y, x))}`)
     if (!b) return
-    this.picture.boxes([{ box: b, dashed: !this.layer.receptive_field.exact }])
+    const most = effective(this.layer, this.effective, Math.min(cy, this.layer.grid[1] - 1), Math.min(cx, this.layer.grid[2] - 1))
+    this.picture.boxes([{ box: b }, ...(most ? [{ box: most, dashed: true, color: '#7fe3ff' }] : [])])
     const out = padding(b, size)
-    fill(this.cellNote, `This cell sees ${b.right - b.left}×${b.bottom - b.top} pixels${this.layer.receptive_field.exact ? '' : ' at most (dashed)'}`
-      + `${out > 0 ? `, ${Math.round(100 * out)}% of them padding` : ''}.`)
+    fill(this.cellNote, `This cell sees ${b.right - b.left}×${b.bottom - b.top} pixels${this.layer.receptive_field.exact ? '' : ' at most'}`
+      + `${out > 0 ? `, ${Math.round(100 * out)}% of them padding` : ''}.${most ? ` 90% of what moves it lies in ${most.right - most.left}×${most.bottom - most.top} (dashed).` : ''}`)
   }
 
   channelPanel(position) {
@@ -263,12 +303,13 @@ export class LayerView {
     const facts = [['maximum', s.maximum[name]], ['mean', s.mean[name]], ['RMS', s.rms[name]], ['minimum', s.minimum[name]]]
     if (this.relevance) facts.push(['relevance', this.relevance[name]])
     if (s.saturated) facts.push(['saturated', percent(s.saturated[name])])
-    const filters = h('div')
+    const [filters, data] = [h('div'), h('div')]
     this.filters(name, filters)
+    overData(this.source, state().network, this.layer.name, name).then((found) => { if (found) fill(data, found) })
     return h('section.channel', { 'aria-label': `channel ${name}` }, h('h3', {}, `Channel ${name}`), canvas, value,
       h('div.key', {}, bar(h('canvas'), window, this.colors), h('span', {}, `${number(window[0])} to ${number(window[1])}`)),
       h('dl', {}, facts.map(([k, v]) => [h('dt', {}, k), h('dd', {}, typeof v === 'string' ? v : number(v))]), h('dt', {}, 'zeros'), h('dd', {}, `${Math.round(100 * s.zeros[name])}%`)),
-      histogram(map), filters, this.source.live && this.layer.grid ? this.preferred(name) : null)
+      histogram(map), data, filters, this.source.live && this.layer.grid ? this.preferred(name) : null)
   }
 
   // What the channel answers to most, found on the server when it is asked for.

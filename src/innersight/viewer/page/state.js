@@ -2,7 +2,8 @@
 
 const DEFAULTS = {
   view: 'overview', network: 0, input: 0, layer: '', channel: -1, sort: 'rms', scale: 'layer', size: 0, target: -1,
-  against: -1, style: 'heat', opacity: 1, smooth: 0, colors: 'auto', filter: '', pixel: '',
+  against: -1, style: 'heat', opacity: 1, smooth: 0, colors: 'auto', filter: '', pixel: '', as: 'grid',
+  part: 'findings', only: 'all', pair: '', kind: 'all', order: 'number', rows: 100,
 }
 const listeners = new Set()
 let current = { ...DEFAULTS }
