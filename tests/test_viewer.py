@@ -335,7 +335,6 @@ def server():
     from innersight.viewer.server import Server
 
     with Server(Session([opened()], [photograph(0)])) as running:
-        time.sleep(0.3)
         yield running
 
 

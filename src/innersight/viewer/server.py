@@ -376,6 +376,7 @@ class Server:
         self.socket = socket.socket()
         try:
             self.socket.bind(("127.0.0.1", port))
+            self.socket.listen()  # who comes before the server runs is kept waiting, not sent away
         except OSError as error:
             self.socket.close()
             raise errors.InputError(

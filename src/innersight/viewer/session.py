@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class Session:
         self._chunks: dict[str, bytes] = {}
         self._given = target
         self._compared: tuple[int, list[dict[str, Any]]] = (0, [])
+        self._scanned: dict[tuple[int, int], int] = {}  # image of a network's data set -> its number as a picture
         self.datasets: list[DataSet | None] = [None] * len(networks)
         if scan is not None or data is not None:
             from innersight.viewer.dataset import matched
@@ -106,14 +108,12 @@ class Session:
     def add_scanned(self, m: int, number: int) -> int:
         """An image of the data set that network m was scanned on, as one more picture; its number among them."""
         dataset = self._dataset(m)
-        sample = dataset.sample(number, self.networks[m])
-        picture = sample.picture
-        assert picture is not None
-        for i, known in enumerate(self.pictures):
-            if known.name == sample.name:
-                return i
-        shown = picture.values if picture.original is None else picture.original
-        return self.add([shown], sample.name, sample.label)[0]
+        with self.lock:
+            if (m, number) not in self._scanned:
+                sample = dataset.sample(number, self.networks[m])
+                assert sample.picture is not None
+                self._scanned[m, number] = self.add([_shown(sample.picture)], Path(sample.name).name, sample.label)[0]
+            return self._scanned[m, number]
 
     def _dataset(self, m: int) -> DataSet:
         found = self.datasets[m] if 0 <= m < len(self.datasets) else None
@@ -209,8 +209,7 @@ class Session:
         if known != len(self.pictures):
             from innersight.comparison import compare
 
-            shown = [p.values if p.original is None else p.original for p in self.pictures]
-            found = compare(self.networks[0], self.networks[1], shown, method=None)
+            found = compare(self.networks[0], self.networks[1], [_shown(p) for p in self.pictures], method=None)
             pairs = [
                 {"a": v.a, "b": v.b, "sqnr": None if v.equal else _number(v.sqnr), "equal": v.equal,
                  "cosine": _number(v.cosine), "order": v.order, "how": v.how}
@@ -378,6 +377,11 @@ class Session:
                 self._keep(name, encoded(made.images[0]))
                 self._maximized[name] = {"key": name, "verdict": _verdict(made.verdict)}
             return self._maximized[name]
+
+
+def _shown(picture: Picture) -> Any:
+    """A picture as it was given, for another network to prepare its own way."""
+    return picture.values if picture.original is None else picture.original
 
 
 def _about(made: Saliency) -> dict[str, Any]:

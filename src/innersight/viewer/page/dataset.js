@@ -1,6 +1,6 @@
 // A data set: what a scan found in it, where the network errs, and what each channel answers to.
 
-import { bar, number, percent, table } from '#color'
+import { number, percent } from '#color'
 import { busy, failure, fill, h, select, svg } from '#dom'
 import { bars } from '#plot'
 import { Missing, key } from '#source'
@@ -88,7 +88,7 @@ export class DatasetView {
       h('section', { 'aria-label': 'images' }, h('div.tools', {}, filter, h('span.quiet', {}, `${count} of ${wanted.length.toLocaleString('en')} are listed`
         + `${this.of > this.rows.length ? `; the page holds ${this.rows.length.toLocaleString('en')} of ${this.of.toLocaleString('en')} images, the wrong ones and the least certain first` : ''}`)),
       h('p.quiet', {}, look ? 'Wrong answers first, the most confident first. Pick one to look at it.' : 'Wrong answers first, the most confident first.'), said,
-      h('div.scroll', { tabIndex: 0, role: 'region', 'aria-label': 'list of images' }, h('table.list', {}, h('thead', {}, h('tr', {}, ['image', 'label', 'prediction', 'confidence', 'label got', 'runner-up'].map((t) => h('th', { scope: 'col' }, t)))), h('tbody', {}, rows))),
+      h('div.scroll', { tabIndex: 0, role: 'region', 'aria-label': 'list of images' }, h('table.list', {}, h('thead', {}, h('tr', {}, ['image', 'label', 'prediction', 'confidence', 'of the label', 'runner-up'].map((t) => h('th', { scope: 'col' }, t)))), h('tbody', {}, rows))),
       count < wanted.length ? h('button', { type: 'button', onclick: () => set({ rows: s.rows + SHOWN }) }, 'more') : null),
       h('aside', {}, this.confusion(scan, of, as))))
   }
@@ -118,21 +118,19 @@ export class DatasetView {
   // Shades are shares of a label's images.
   matrix(scan, classes, pick, of, as) {
     const counts = new Map(scan.confusion.map(([a, b, n]) => [`${a},${b}`, n]))
-    const colors = table('auto', false)
     const total = new Map(classes.map((a) => [a, classes.reduce((sum, b) => sum + (counts.get(`${a},${b}`) || 0), 0)]))
     const cell = (a, b) => {
       const n = counts.get(`${a},${b}`) || 0
-      const share = n / (total.get(a) || 1)
-      const word = colors[Math.round(share * (colors.length - 1))]
-      const [r, g, c] = [word & 255, (word >> 8) & 255, (word >> 16) & 255]
-      const style = { background: `rgb(${r} ${g} ${c})`, color: 0.299 * r + 0.587 * g + 0.114 * c > 140 ? '#000' : '#fff' }
+      if (!n) return h('td')
       const text = `${scan.classes[a]} taken for ${scan.classes[b]}: ${n}`
-      return h('td', {}, n ? h('button', { type: 'button', style, title: text, 'aria-label': text, 'aria-pressed': String(a === of && b === as), onclick: () => pick(a, b) }, String(n)) : null)
+      const button = h('button', { type: 'button', title: text, 'aria-label': text, 'aria-pressed': String(a === of && b === as), onclick: () => pick(a, b) }, String(n))
+      button.style.setProperty('--share', n / total.get(a))
+      return h('td', {}, button)
     }
-    const key_ = h('div.key', {}, bar(h('canvas'), [0, 1], colors, 80), h('span', {}, 'share of the label\'s images, 0 to 1'))
+    const shades = h('div.key', {}, h('span.shades'), h('span', {}, 'none to all of the images of a label'))
     return h('div.scroll', { tabIndex: 0, role: 'region', 'aria-label': 'confusion' }, h('table.matrix', {}, h('caption', {}, 'rows: labels, columns: predictions'),
       h('thead', {}, h('tr', {}, h('th'), classes.map((b) => h('th', { scope: 'col', title: scan.classes[b] }, h('span', {}, scan.classes[b]))))),
-      h('tbody', {}, classes.map((a) => h('tr', {}, h('th', { scope: 'row' }, scan.classes[a]), classes.map((b) => cell(a, b)))))), key_)
+      h('tbody', {}, classes.map((a) => h('tr', {}, h('th', { scope: 'row' }, scan.classes[a]), classes.map((b) => cell(a, b)))))), shades)
   }
 
   // -- channels
