@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 MEGABYTES = 25  # what a mail takes
 METHODS = ("gradcam", "smoothgrad", "integrated_gradients")
-_SCANNED = 0.4  # of the room that is left goes to the data set, at most
+_SCANNED = 0.4  # of the room goes to the data set before maps get theirs; what they leave, too
 _GROUP = 64 << 20  # bytes of values that are read in one pass
 
 # What is left of a layer's maps on one picture: (cells a side, channels) at most; None: all. The last leaves none.
@@ -87,7 +88,8 @@ def written(session: Session, methods: Sequence[str], limit: int, progress: Call
     scanned = _SCANNED * (limit - len(assembled(manifest, fixed, session.overlays)))
     fixed |= _within(_data_set(session), scanned)
     kept, manifest["reduced"] = _fitted(session, limit - len(assembled(manifest, fixed, session.overlays)), progress)
-    fixed |= _within(_filters(session), limit - len(assembled(manifest, fixed | kept, session.overlays)))
+    rest = chain(_filters(session), ((name, chunk) for name, chunk in _data_set(session) if name not in fixed))
+    fixed |= _within(rest, limit - len(assembled(manifest, fixed | kept, session.overlays)))
     content = assembled(manifest, fixed | kept, session.overlays)
     if len(content) > limit:
         raise errors.InputError(

@@ -129,7 +129,7 @@ export class DatasetView {
     }
     const shades = h('div.key', {}, h('span.shades'), h('span', {}, 'none to all of the images of a label'))
     return h('div.scroll', { tabIndex: 0, role: 'region', 'aria-label': 'confusion' }, h('table.matrix', {}, h('caption', {}, 'rows: labels, columns: predictions'),
-      h('thead', {}, h('tr', {}, h('th'), classes.map((b) => h('th', { scope: 'col', title: scan.classes[b] }, h('span', {}, scan.classes[b]))))),
+      h('thead', {}, h('tr', {}, h('td'), classes.map((b) => h('th', { scope: 'col', title: scan.classes[b] }, h('span', {}, scan.classes[b]))))),
       h('tbody', {}, classes.map((a) => h('tr', {}, h('th', { scope: 'row' }, scan.classes[a]), classes.map((b) => cell(a, b)))))), shades)
   }
 
