@@ -307,7 +307,7 @@ def _write_crops(
 
 def _write_strip(folder: Path, name: str, strip: Image.Image) -> None:
     data = io.BytesIO()
-    strip.save(data, "JPEG", quality=90, subsampling=0)
+    strip.save(data, "JPEG", quality=85, optimize=True)
     with store.plain_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_whole(folder / name, lambda file: file.write(data.getvalue()))
