@@ -194,7 +194,7 @@ function tops(found, c) {
 
 function facts(found, c, scan) {
   const parts = [`${number(found.min[c])} to ${number(found.max[c])}, mean ${number(found.mean[c])}`, `${percent(nullish(found.zeros[c]))} zeros`]
-  if (found.class[c] >= 0 && !Number.isNaN(found.selectivity[c])) parts.push(`highest for ${scan.classes[found.class[c]]} (${percent(found.selectivity[c])} of its variance by class)`)
+  if (found.class[c] >= 0 && !Number.isNaN(found.selectivity[c])) parts.push(`its mean is highest for ${scan.classes[found.class[c]]} (${percent(found.selectivity[c])} of its variance by class)`)
   if (found.correlation[c] > 0.9) parts.push(`goes with channel ${found.nearest[c]} (${found.correlation[c].toFixed(3)})`)
   return parts.join(' · ')
 }
