@@ -537,6 +537,41 @@ def test_leaving_cancels_a_job():
         assert job.events[-1] == ("failed", {"error": "cancelled"})
 
 
+def test_maps_do_not_wait_for_a_long_job_and_leave_it_as_it_was():
+    pytest.importorskip("uvicorn")
+    from innersight.viewer.server import Server
+
+    with Server(Session([opened()], [photograph(0)])) as server:
+        session = server_session(server)
+        net = session.networks[0]
+        begun, enough = threading.Event(), threading.Event()
+        real, told_ = type(net).explain, []
+
+        def long(*args, **options):
+            begun.set()
+            while True:  # real passes, again and again until the maps have come
+                made = real(net, *args, **options)
+                if enough.is_set():
+                    return made
+
+        net.explain = long
+        question = {"kind": "explain", "network": 0, "input": 0, "method": "smoothgrad"}
+        number = json.loads(ask(server, "/api/jobs", "POST", json.dumps(question))[1])["id"]
+        listener = threading.Thread(target=lambda: told_.append(events(server, number)))
+        listener.start()
+        assert begun.wait(10)
+        answer, body = ask(server, "/api/get/" + key("maps", 0, 0, "conv2"))
+        assert answer.status == 200
+        assert not enough.is_set()
+        enough.set()
+        listener.join(20)
+        fresh = Session([opened()], [photograph(0)])
+        assert body == fresh.get(key("maps", 0, 0, "conv2"))
+        kind, entry = told_[0][-1]
+        assert kind == "done"
+        assert session.get(entry["key"]) == fresh.get(fresh.explain(0, 0, "smoothgrad")["key"])
+
+
 def test_the_commands_write_a_page_and_refuse_in_a_sentence(tmp_path):
     from click.testing import CliRunner
 

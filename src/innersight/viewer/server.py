@@ -18,8 +18,10 @@ import sys
 import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -67,16 +69,35 @@ class Job:
 
 
 class Viewer:
-    """The answers to a page's requests. Computation goes through one thread, in the order it was asked for."""
+    """The answers to a page's requests.
+
+    One thread computes. What takes long tells its progress between its passes, and what was asked meanwhile is answered
+    there: maps do not wait for a saliency map of thousands of passes.
+    """
 
     def __init__(self, session: Session):
         self.session = session
         self.jobs: dict[str, Job] = {}
         self.worker = ThreadPoolExecutor(1, "innersight")
         self.numbers = itertools.count(1)
+        self.questions: SimpleQueue[tuple[Future, Callable[[], Any]]] = SimpleQueue()
 
     async def compute(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+        answer: Future = Future()
+        self.questions.put((answer, partial(function, *args)))
+        self.worker.submit(self._answer)  # finds nothing left where a job answered on its way
+        return await asyncio.wrap_future(answer)
+
+    def _answer(self) -> None:
+        """In the thread of computation: answer all that was asked."""
+        with contextlib.suppress(Empty):
+            while True:
+                answer, function = self.questions.get_nowait()
+                if answer.set_running_or_notify_cancel():
+                    try:
+                        answer.set_result(function())
+                    except Exception as error:  # whoever asked is told
+                        answer.set_exception(error)
 
     # -- requests
 
@@ -116,7 +137,7 @@ class Viewer:
         from starlette.responses import Response
 
         asked = request.scope["raw_path"].decode("ascii", "replace").partition("/api/get/")[2]
-        chunk = await self.compute(self.session.get, asked)
+        chunk = self.session.known(asked) or await self.compute(self.session.get, asked)
         return Response(chunk, media_type="application/octet-stream")
 
     async def add(self, request: Request) -> Response:
@@ -208,6 +229,11 @@ class Viewer:
             if job.cancelled:
                 raise Cancelled
             tell("progress", done=done, total=total, what=what)
+            net.progress = None  # that of the job, not of what is answered in between
+            try:
+                self._answer()
+            finally:
+                net.progress = progress
 
         try:
             if job.cancelled:

@@ -220,9 +220,13 @@ class Session:
 
     # -- keys
 
+    def known(self, asked: str) -> bytes | None:
+        """The bytes of a key that were computed before, without waiting for what is computed now."""
+        return self._chunks.get(asked)
+
     def get(self, asked: str) -> bytes:
         """The bytes of a key; raises UnknownName where there is no such thing."""
-        if (known := self._chunks.get(asked)) is not None:  # without waiting for a long computation
+        if (known := self.known(asked)) is not None:
             return known
         with self.lock:
             kind, parts = parse(asked)
