@@ -227,6 +227,8 @@ def test_an_integer_range_is_counted_at_both_ends_but_not_at_zero():
     assert plan._ends(layer) == (None, 127.5)
     layer.node.op = "softmax"
     assert plan._ends(layer) is None
+    layer.node.op, layer.kind = "exact", "SOFTMAX"  # as TFLite has it
+    assert plan._ends(layer) is None
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path):

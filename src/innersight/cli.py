@@ -107,7 +107,7 @@ _FLAGS = {
 }  # fmt: skip
 _NAMES = (
     "arch fuse weights labels layers? input_shape preprocess output device method target "
-    "channel at composite root shard crops sensitivity max_mb"
+    "channel at composite root shard crops sensitivity max_mb scan data"
 )
 _KEYWORD = re.compile(rf"(?<![\w.-])(?:trust=True|limit=None|resume=True|(?:{'|'.join(_NAMES.split())})=)")
 

@@ -183,12 +183,16 @@ def _watched(layer: Layer) -> Watched:
     return Watched(layer.name, layer.kind, grid, sees=sees, ends=_ends(layer))
 
 
+_SURE = ("softmax", "sigmoid", "logistic", "hardsigmoid", "hard_sigmoid", "tanh")
+
+
 def _ends(layer: Layer) -> tuple[float | None, float | None] | None:
     """Where the layer clips: a quantised one at its range (but not at zero, there a ReLU cuts), a ReLU6 at 6.
 
-    An answer of probabilities is at its end where it is sure, and loses nothing.
+    A probability or a gate is at its end where it is sure, and loses nothing.
     """
-    if layer.quantised is not None and not layer.node.op.startswith(("softmax", "sigmoid")):
+    sure = any(name.lower().startswith(_SURE) for name in (layer.kind, layer.node.op))
+    if layer.quantised is not None and not sure:
         low, high = layer.quantised.range
         return (low if low < 0 else None), high
     if layer.kind.lower().rstrip("_") == "relu6":
