@@ -44,7 +44,7 @@ def session(scan, folder):
 
 
 def test_channels_are_those_of_the_scan(session, scan):
-    arrays, about = chunks.unpack(session.get(key("channels", 0, "conv2")))
+    arrays, _ = chunks.unpack(session.get(key("channels", 0, "conv2")))
     table = scan.channels("conv2")
     for name in ("mean", "max", "zeros", "fires", "selectivity", "median"):
         np.testing.assert_allclose(arrays[name], table[name], rtol=1e-6)
@@ -53,7 +53,8 @@ def test_channels_are_those_of_the_scan(session, scan):
     top = scan.top("conv2", 3)
     assert arrays["top_image"][3].tolist() == top["image"].tolist()
     np.testing.assert_allclose(arrays["top_value"][3], top["value"], rtol=1e-6)
-    assert [about["names"][str(i)] for i in arrays["top_image"][3]] == top["name"].tolist()
+    names = dict(zip(arrays["named"].tolist(), arrays["names"].tobytes().decode().split("\0"), strict=True))
+    assert [names[i] for i in arrays["top_image"][3]] == top["name"].tolist()
     counts, edges = scan.histogram("conv2", 3)
     drawn = np.rint(255 * np.sqrt(counts / counts.max()))
     first = int(np.flatnonzero(edges[:, 0] == arrays["edges"][0, 0])[0])

@@ -8,7 +8,7 @@ gallery/0/2        the picture of a finding
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,10 +84,8 @@ class DataSet:
         arrays["class"] = np.array([self.classes.get(c, -1) for c in table["class"]], np.int32)
         arrays["nearest"] = table["nearest"].to_numpy(np.int32)
         arrays |= self._histograms(name)
-        tops, names = self._tops(name, len(table))
-        crops = {c for c in range(len(table)) if self._strip(name, c).is_file()}
-        arrays["crops"] = np.array([c in crops for c in range(len(table))], np.uint8)
-        return chunks.pack(arrays | tops, names=names)
+        arrays["crops"] = np.array([self._strip(name, c).is_file() for c in range(len(table))], np.uint8)
+        return chunks.pack(arrays | self._tops(name, len(table)))
 
     def _histograms(self, name: str) -> dict[str, np.ndarray]:
         """Square roots of the counts, as shares of each channel's largest, in the bins that any channel fills."""
@@ -98,8 +96,8 @@ class DataSet:
         most = np.maximum(counts.max(1, keepdims=True), 1)
         return {"histogram": np.rint(255 * np.sqrt(counts[:, some] / most)).astype(np.uint8), "edges": edges[some]}
 
-    def _tops(self, name: str, count: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Images (C, k), -1 where there are fewer, with value and unit; the names of the images."""
+    def _tops(self, name: str, count: int) -> dict[str, np.ndarray]:
+        """Images (C, k), -1 where there are fewer, with value and unit; the images' numbers and names, each once."""
         import pandas
 
         tops = pandas.read_parquet(self.scan.folder / "tops.parquet", filters=[("layer", "==", name)])
@@ -109,7 +107,8 @@ class DataSet:
         at = tops["channel"].to_numpy(), tops["rank"].to_numpy()
         for column in ("image", "value", "y", "x"):
             arrays[f"top_{column}"][at] = tops[column]
-        return arrays, {str(i): n for i, n in zip(tops["image"], tops["name"], strict=True)}
+        each = tops.drop_duplicates("image").sort_values("image")
+        return arrays | {"named": each["image"].to_numpy(np.int32), "names": _joined(each["name"])}
 
     def _strip(self, name: str, channel: int) -> Path:
         return self.scan.folder / "crops" / f"{self.scan.layers.index(name):03}" / f"{channel:05}.jpg"
@@ -132,7 +131,7 @@ class DataSet:
         for column in ("confidence", "label_probability"):
             if column in kept:
                 arrays[column] = kept[column].to_numpy(np.float32, na_value=np.nan)
-        arrays["names"] = np.frombuffer("\0".join(kept["name"]).encode("utf-8", "replace"), np.uint8)
+        arrays["names"] = _joined(kept["name"])
         return chunks.pack(arrays, of=len(table))
 
     def gallery(self, n: int) -> bytes:
@@ -165,6 +164,10 @@ class DataSet:
                 raise errors.InputError(f"{sample.name} cannot be read: {sample.problem}")
             return sample
         raise errors.UnknownName(f"the data set has no image {number}")
+
+
+def _joined(names: Iterable[str]) -> np.ndarray:
+    return np.frombuffer("\0".join(names).encode("utf-8", "replace"), np.uint8)
 
 
 def _ordered(table: pandas.DataFrame) -> pandas.DataFrame:

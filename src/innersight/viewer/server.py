@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import secrets
 import socket
@@ -18,14 +17,11 @@ import sys
 import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from innersight import errors, images
+from innersight import errors
+from innersight.viewer.answers import MAX_BODY, Answers
 from innersight.viewer.notebook import Page, in_notebook
 from innersight.viewer.report import import_map, modules, opened, page, script_hash
 from innersight.viewer.session import Session
@@ -37,9 +33,6 @@ if TYPE_CHECKING:
 
     from innersight.network import Network
 
-MAX_BODY = 32 << 20
-MAX_PICTURES = 500  # in a session
-FORGOTTEN = 20  # jobs that are over and that nobody listened to, at most
 ALIVE = 15.0  # seconds between signs of life on a stream
 START = 'import("#app").then((app) => app.start());'
 HEADERS = {
@@ -52,52 +45,14 @@ HEADERS = {
 }
 
 
-class Cancelled(Exception):
-    """Nobody waits for the result any more."""
-
-
-@dataclass
-class Job:
-    """Something that takes a while: what is done of it, and in the end what it came to, or why it did not."""
-
-    run: Callable[[], dict[str, Any]]
-    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    listeners: int = 0
-    cancelled: bool = False
-    over: bool = False
-
-
 class Viewer:
-    """The answers to a page's requests.
-
-    One thread computes. What takes long tells its progress between its passes, and what was asked meanwhile is answered
-    there: maps do not wait for a saliency map of thousands of passes.
-    """
+    """A session's `Answers` as HTTP."""
 
     def __init__(self, session: Session):
-        self.session = session
-        self.jobs: dict[str, Job] = {}
-        self.worker = ThreadPoolExecutor(1, "innersight")
-        self.numbers = itertools.count(1)
-        self.questions: SimpleQueue[tuple[Future, Callable[[], Any]]] = SimpleQueue()
+        self.answers = Answers(session)
 
-    async def compute(self, function: Callable[..., Any], *args: Any) -> Any:
-        answer: Future = Future()
-        self.questions.put((answer, partial(function, *args)))
-        self.worker.submit(self._answer)  # finds nothing left where a job answered on its way
-        return await asyncio.wrap_future(answer)
-
-    def _answer(self) -> None:
-        """In the thread of computation: answer all that was asked."""
-        with contextlib.suppress(Empty):
-            while True:
-                answer, function = self.questions.get_nowait()
-                if answer.set_running_or_notify_cancel():
-                    try:
-                        answer.set_result(function())
-                    except Exception as error:  # whoever asked is told
-                        answer.set_exception(error)
+    async def answer(self, what: str, asked: Any = None, content: bytes = b"") -> Any:
+        return await asyncio.wrap_future(self.answers.ask(what, asked, content))
 
     # -- requests
 
@@ -131,157 +86,58 @@ class Viewer:
     async def manifest(self, _request: Request) -> Response:
         from starlette.responses import JSONResponse
 
-        return JSONResponse(await self.compute(self.session.manifest, True))
+        return JSONResponse(await self.answer("manifest"))
 
     async def get(self, request: Request) -> Response:
         from starlette.responses import Response
 
         asked = request.scope["raw_path"].decode("ascii", "replace").partition("/api/get/")[2]
-        chunk = self.session.known(asked) or await self.compute(self.session.get, asked)
-        return Response(chunk, media_type="application/octet-stream")
+        return Response(await self.answer("get", {"key": asked}), media_type="application/octet-stream")
 
     async def add(self, request: Request) -> Response:
         from starlette.responses import JSONResponse
 
-        body = await request.body()
-        name = unquote(request.headers.get("x-name", "picture"))[:200]
-        return JSONResponse(await self.compute(self._add, body, name), status_code=201)
+        name = unquote(request.headers.get("x-name", "picture"))
+        return JSONResponse(await self.answer("inputs", {"name": name}, await request.body()), status_code=201)
 
-    def _add(self, body: bytes, name: str) -> dict[str, Any]:
-        image = images.from_bytes(body, name)
-        with self.session.lock:
-            self._room()
-            (number,) = self.session.add([image], name)
-            return self.session._input(number)
-
-    async def scanned(self, request: Request) -> Response:
+    async def question(self, request: Request) -> Response:
+        """What is asked with a JSON object: hide, scanned, jobs."""
         from starlette.responses import JSONResponse
 
-        asked = await self.told(request, "network", "image")
-        return JSONResponse(await self.compute(self._scanned, int(asked["network"]), int(asked["image"])))
-
-    def _scanned(self, m: int, image: int) -> dict[str, Any]:
-        """An image of the data set as one more picture, or the picture that it already is."""
-        with self.session.lock:
-            self._room()
-            return self.session._input(self.session.add_scanned(m, image))
-
-    def _room(self) -> None:
-        if len(self.session.pictures) >= MAX_PICTURES:
-            raise errors.InputError(f"there are {MAX_PICTURES} pictures already: start again for more")
-
-    async def hide(self, request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
-        asked = await self.told(request, "network", "input", "box")
-        top = await self.compute(self.session.hidden, int(asked["network"]), int(asked["input"]), asked["box"])
-        return JSONResponse({"top": top})
-
-    async def told(self, request: Request, *names: str) -> dict[str, Any]:
-        """The JSON object that was sent, with these names in it."""
+        what = request.url.path.rpartition("/")[2]
         try:
             asked = json.loads(await request.body())
         except (ValueError, RecursionError):
             raise errors.InputError("expected a JSON object") from None
-        if not isinstance(asked, dict) or not set(names) <= set(asked):
-            raise errors.InputError(f"expected a JSON object with {', '.join(names)}")
-        return asked
-
-    # -- jobs
-
-    async def start(self, request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
-        asked = await self.told(request, "kind", "network")
-        m = int(asked["network"])
-        if not 0 <= m < len(self.session.networks):
-            raise errors.InputError("there is no such network")
-        run = self._maximize(m, asked) if asked["kind"] == "maximize" else self._explain(m, asked)
-        loop = asyncio.get_running_loop()
-        number = f"{next(self.numbers)}"
-        for old in [k for k, j in self.jobs.items() if j.over and not j.listeners][:-FORGOTTEN]:
-            del self.jobs[old]
-        job = self.jobs[number] = Job(run)
-        self.worker.submit(self._work, job, self.session.networks[m], loop)
-        return JSONResponse({"id": number}, status_code=202)
-
-    def _explain(self, m: int, asked: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-        i, method = int(asked.get("input", -1)), str(asked.get("method", ""))
-        if not 0 <= i < len(self.session.pictures):
-            raise errors.InputError("there is no such picture")
-        target, against = (None if asked.get(k) in (None, -1) else asked[k] for k in ("target", "against"))
-        return lambda: self.session.explain(m, i, method, target, against)
-
-    def _maximize(self, m: int, asked: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-        layer, channel = str(asked.get("layer", "")), int(asked.get("channel", -1))
-        return lambda: self.session.maximize(m, layer, channel)
-
-    def _work(self, job: Job, net: Network, loop: asyncio.AbstractEventLoop) -> None:
-        """Run one job in the thread of computation; its progress is told to whoever listens."""
-
-        def tell(kind: str, **said: Any) -> None:
-            job.over = kind != "progress"
-            job.events.append((kind, said))
-            with contextlib.suppress(RuntimeError):  # the server has stopped
-                loop.call_soon_threadsafe(job.changed.set)
-
-        def progress(done: int, total: int, what: str) -> None:
-            if job.cancelled:
-                raise Cancelled
-            tell("progress", done=done, total=total, what=what)
-            net.progress = None  # that of the job, not of what is answered in between
-            try:
-                self._answer()
-            finally:
-                net.progress = progress
-
-        try:
-            if job.cancelled:
-                raise Cancelled
-            with self.session.lock:
-                before, net.progress = net.progress, progress
-                try:
-                    entry = job.run()
-                finally:
-                    net.progress = before
-            tell("done", **entry)
-        except Cancelled:
-            tell("failed", error="cancelled")
-        except errors.InnersightError as error:
-            tell("failed", error=str(error))
-        except Exception as error:  # told to the page as well; the server goes on
-            tell("failed", error=f"{type(error).__name__}: {error}")
+        return JSONResponse(await self.answer(what, asked), status_code=202 if what == "jobs" else 200)
 
     async def events(self, request: Request) -> Response:
         from starlette.responses import StreamingResponse
 
-        job = self.jobs.get(request.path_params["number"])
-        if job is None:
+        number = request.path_params["number"]
+        if number not in self.answers.jobs:
             return self.problem(404, "there is no such job")
-        return StreamingResponse(self._stream(request.path_params["number"], job), media_type="text/event-stream")
+        return StreamingResponse(self._stream(number), media_type="text/event-stream")
 
-    async def _stream(self, number: str, job: Job) -> AsyncIterator[str]:
-        job.listeners += 1
-        sent = 0
+    async def _stream(self, number: str) -> AsyncIterator[str]:
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+
+        def heard(kind: str, said: dict[str, Any]) -> None:
+            with contextlib.suppress(RuntimeError):  # the server has stopped
+                loop.call_soon_threadsafe(told.put_nowait, (kind, said))
+
+        leave = self.answers.listen(number, heard)
         try:
-            while True:
-                job.changed.clear()
-                while sent < len(job.events):
-                    kind, said = job.events[sent]
-                    sent += 1
-                    yield f"event: {kind}\ndata: {json.dumps(said)}\n\n"
-                if job.over:
-                    return
+            kind = "progress"
+            while kind == "progress":
                 try:
-                    await asyncio.wait_for(job.changed.wait(), ALIVE)
+                    kind, said = await asyncio.wait_for(told.get(), ALIVE)
+                    yield f"event: {kind}\ndata: {json.dumps(said)}\n\n"
                 except TimeoutError:
                     yield ": alive\n\n"
         finally:
-            job.listeners -= 1
-            if not job.listeners:  # the last who waited has gone
-                job.cancelled = True
-                if job.over:
-                    self.jobs.pop(number, None)
+            leave()
 
     # -- errors
 
@@ -380,9 +236,7 @@ def application(session: Session, token: str, port: int, hosts: Sequence[str] = 
         Route("/api/manifest", viewer.manifest),
         Route("/api/get/{key:path}", viewer.get),
         Route("/api/inputs", viewer.add, methods=["POST"]),
-        Route("/api/scanned", viewer.scanned, methods=["POST"]),
-        Route("/api/hide", viewer.hide, methods=["POST"]),
-        Route("/api/jobs", viewer.start, methods=["POST"]),
+        *(Route(f"/api/{what}", viewer.question, methods=["POST"]) for what in ("hide", "scanned", "jobs")),
         Route("/api/jobs/{number}/events", viewer.events),
     ]
     handlers: dict[Any, Any] = {

@@ -67,7 +67,7 @@ export class DatasetView {
       this.rows = Array.from(found.image, (number_, i) => ({
         number: number_, label: found.label?.[i] ?? -1, prediction: found.prediction?.[i] ?? -1, runner: found.runner_up?.[i] ?? -1, confidence: found.confidence?.[i] ?? NaN, share: found.label_probability?.[i] ?? NaN,
       }))
-      const names = new TextDecoder().decode(found.names).split('\0')
+      const names = split(found.names)
       this.rows.forEach((r, i) => { r.name = names[i] })
       this.of = found.about.of
       this.listed = s.network
@@ -182,14 +182,17 @@ async function drawn(source, asked, room, text, wide) {
 
 const nullish = (value) => (Number.isNaN(value) ? null : value)
 
+const split = (names) => new TextDecoder().decode(names).split('\0')
+
 function missing(error, text) {
   return error instanceof Missing ? h('p.note', {}, text) : failure(error)
 }
 
 function tops(found, c) {
   const k = found.top_image.shape[1]
+  found.called ||= new Map(split(found.names).map((name, i) => [found.named[i], brief(name)]))
   return Array.from({ length: k }, (_, i) => c * k + i).filter((i) => found.top_image[i] >= 0)
-    .map((i) => `${brief(found.about.names[found.top_image[i]])} ${number(found.top_value[i])}`).join(', ')
+    .map((i) => `${found.called.get(found.top_image[i])} ${number(found.top_value[i])}`).join(', ')
 }
 
 function facts(found, c, scan) {
