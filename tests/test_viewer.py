@@ -422,7 +422,7 @@ def test_chunks_are_those_of_the_session(server):
 
 
 def server_session(server):
-    return server.server.config.app.app.routes[3].endpoint.__self__.session
+    return server.server.config.app.app.routes[3].endpoint.__self__.answers.session
 
 
 def png(image) -> bytes:
@@ -507,7 +507,7 @@ def test_leaving_cancels_a_job():
 
     with Server(Session([opened()], [photograph(0)])) as server:
         time.sleep(0.3)
-        viewer = server.server.config.app.app.routes[3].endpoint.__self__
+        viewer = server.server.config.app.app.routes[3].endpoint.__self__.answers
         begun, let = threading.Event(), threading.Event()
         net = viewer.session.networks[0]
 

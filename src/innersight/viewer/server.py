@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from innersight.network import Network
 
 ALIVE = 15.0  # seconds between signs of life on a stream
 START = 'import("#app").then((app) => app.start());'
