@@ -311,9 +311,11 @@ def _merged_tops(left: Counts, right: Counts, layer: str) -> Counts:
 
 
 def selectivity(counts: Counts) -> np.ndarray:
-    """(C,) the share of the variance of an image's mean that its class explains: 0 none, 1 all (eta squared).
+    """(C,) the share of the variance of an image's mean that its class explains: 0 none, 1 all.
 
-    NaN for channels whose mean never changes. Of images that have a class.
+    Corrected for chance (epsilon squared; Kelley, An unbiased correlation ratio measure, PNAS 1935): with few images a
+    class, classes explain much of any noise. NaN for channels whose mean never changes, and where no class has more
+    than one image. Of images that have a class.
     """
     n = counts["class_count"][:, None].astype(np.float64)
     sums = counts["class_sum"]
@@ -321,7 +323,9 @@ def selectivity(counts: Counts) -> np.ndarray:
     between = np.divide(sums**2, n, out=np.zeros_like(sums), where=n > 0).sum(0) - sums.sum(0) ** 2 / max(total, 1)
     all_of_it = counts["class_square"] - sums.sum(0) ** 2 / max(total, 1)
     wide = all_of_it > 1e-12 * np.maximum(counts["class_square"], 1e-300)
-    return np.divide(between, all_of_it, out=np.full(len(all_of_it), np.nan), where=wide).clip(0, 1)
+    eta = np.divide(between, all_of_it, out=np.full(len(all_of_it), np.nan), where=wide)
+    left = total - (n > 0).sum()  # degrees of freedom inside of the classes
+    return (1 - (1 - eta) * (total - 1) / left).clip(0, 1) if left > 0 else np.full(len(eta), np.nan)
 
 
 def correlation(counts: Counts) -> np.ndarray:

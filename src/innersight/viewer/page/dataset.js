@@ -87,7 +87,7 @@ export class DatasetView {
     fill(this.body, h('div.columns', {},
       h('section', { 'aria-label': 'images' }, h('div.tools', {}, filter, h('span.quiet', {}, `${count} of ${wanted.length.toLocaleString('en')} are listed`
         + `${this.of > this.rows.length ? `; the page holds ${this.rows.length.toLocaleString('en')} of ${this.of.toLocaleString('en')} images, the wrong ones and the least certain first` : ''}`)),
-      h('p.quiet', {}, look ? 'Wrong answers first, the most confident first. Pick one to look at it.' : 'Wrong answers first, the most confident first.'), said,
+      h('p.quiet', {}, `${scan.confusion.length ? 'Wrong answers first, the most confident first' : 'The least certain first'}.${look ? ' Pick one to look at it.' : ''}`), said,
       h('div.scroll', { tabIndex: 0, role: 'region', 'aria-label': 'list of images' }, h('table.list', {}, h('thead', {}, h('tr', {}, ['image', 'label', 'prediction', 'confidence', 'label’s probability', 'runner-up'].map((t) => h('th', { scope: 'col' }, t)))), h('tbody', {}, rows))),
       count < wanted.length ? h('button', { type: 'button', onclick: () => set({ rows: s.rows + SHOWN }) }, 'more') : null),
       h('aside', {}, this.confusion(scan, of, as))))
