@@ -42,7 +42,8 @@ class DataSet:
         scan._check_complete()
         self.scan = scan
         self.source = None if source is None else _same(scan, source)
-        self.classes = {name: i for i, name in enumerate(scan.manifest["plan"]["classes"])}
+        self.classes: list[str] = scan.manifest["plan"]["classes"]
+        self.number = {name: i for i, name in enumerate(self.classes)}
 
     # -- to begin with
 
@@ -52,11 +53,11 @@ class DataSet:
         pairs = scan._table("confusion").nlargest(PAIRS, "images") if predicts else None
         return {
             "name": scan.manifest["data"]["name"], "images": said["images"], "skipped": said["skipped"],
-            "accuracy": said["accuracy"], "layers": scan.layers, "classes": list(self.classes),
+            "accuracy": said["accuracy"], "layers": scan.layers, "classes": self.classes,
             "open": self.source is not None, "notes": scan.notes,
             "findings": [self._finding(n) for n in range(len(self.findings))],
             "confusion": [] if pairs is None else [
-                [self.classes[a], self.classes[b], int(n)]
+                [self.number[a], self.number[b], int(n)]
                 for a, b, n in zip(pairs["label"], pairs["prediction"], pairs["images"], strict=True)
             ],
         }  # fmt: skip
@@ -81,7 +82,7 @@ class DataSet:
         """The channels of a layer: a number for each, its histogram, its top images."""
         table = self.scan.channels(name)
         arrays: dict[str, np.ndarray] = {n: table[n].to_numpy(np.float32) for n in NUMBERS}
-        arrays["class"] = np.array([self.classes.get(c, -1) for c in table["class"]], np.int32)
+        arrays["class"] = np.array([self.number.get(c, -1) for c in table["class"]], np.int32)
         arrays["nearest"] = table["nearest"].to_numpy(np.int32)
         arrays |= self._histograms(name)
         arrays["crops"] = np.array([self._strip(name, c).is_file() for c in range(len(table))], np.uint8)
@@ -127,7 +128,7 @@ class DataSet:
         arrays: dict[str, np.ndarray] = {"image": kept["image"].to_numpy(np.int32)}
         for column in ("label", "prediction", "runner_up"):
             if column in kept:
-                arrays[column] = np.array([self.classes.get(c, -1) for c in kept[column]], np.int32)
+                arrays[column] = np.array([self.number.get(c, -1) for c in kept[column]], np.int32)
         for column in ("confidence", "label_probability"):
             if column in kept:
                 arrays[column] = kept[column].to_numpy(np.float32, na_value=np.nan)
