@@ -80,10 +80,10 @@ class Answers:
         """
         answer: Future = Future()
         try:
-            if what == "get" and (known := self.session.known(str(_told(asked, "key")["key"]))) is not None:
+            if what == "get" and (known := self.session.known(str(told(asked, "key")["key"]))) is not None:
                 answer.set_result(known)
             elif what == "jobs":
-                answer.set_result(self._start(_told(asked, "kind", "network")))
+                answer.set_result(self._start(told(asked, "kind", "network")))
             else:
                 self.questions.put((answer, self._question(what, asked, content)))
                 self.worker.submit(self._answer)  # finds nothing left where a job answered on its way
@@ -98,12 +98,12 @@ class Answers:
             case "get":
                 return partial(self.session.get, str(asked["key"]))
             case "hide":
-                of = _told(asked, "network", "input", "box")
+                of = told(asked, "network", "input", "box")
                 return lambda: {"top": self.session.hidden(int(of["network"]), int(of["input"]), of["box"])}
             case "inputs":
-                return partial(self._add, content, str(_told(asked, "name")["name"])[:200])
+                return partial(self._add, content, str(told(asked, "name")["name"])[:200])
             case "scanned":
-                of = _told(asked, "network", "image")
+                of = told(asked, "network", "image")
                 return partial(self._scanned, int(of["network"]), int(of["image"]))
         raise errors.UnknownName(f"nothing is known of {what[:200]!r}")
 
@@ -221,7 +221,7 @@ class Answers:
         self.worker.shutdown(wait=False, cancel_futures=True)
 
 
-def _told(asked: Any, *names: str) -> Mapping[str, Any]:
+def told(asked: Any, *names: str) -> Mapping[str, Any]:
     """An object with these names in it."""
     if not isinstance(asked, Mapping) or not set(names) <= set(asked):
         raise errors.InputError(f"expected a JSON object with {', '.join(names)}")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MEGABYTES = 25  # what a mail takes
 METHODS = ("gradcam", "smoothgrad", "integrated_gradients")
+START = 'import("#app").then((app) => app.start());'
 _SCANNED = 0.4  # of the room goes to the data set before maps get theirs; what they leave, too
 _GROUP = 64 << 20  # bytes of values that are read in one pass
 
@@ -292,28 +293,38 @@ def _block(name: str, chunk: bytes) -> str:
 
 def assembled(manifest: dict[str, Any], blocks: dict[str, bytes], overlays: Mapping[str, bytes] | None = None) -> bytes:
     """Page, data and all in one file; overlays: saliency maps as pictures, for where no script runs."""
-    imports = import_map(lambda file: _data("text/javascript", page(file)))
-    start = 'import("#app").then((app) => app.start());'
-    # Modules come from `data:` addresses; nothing else may run, and nothing may be fetched.
-    policy = (
-        f"default-src 'none'; script-src data: {script_hash(imports)} {script_hash(start)}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; connect-src 'none'; base-uri 'none'; form-action 'none'"
-    )
     told = json.dumps(manifest, allow_nan=False, separators=(",", ":"), sort_keys=True).replace("<", "\\u003c")
     parts = [
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(manifest['title'])}</title>",
-        f"<style>{page('style.css').decode()}</style></head>",
-        f'<body><div id="app">{_plain(manifest, blocks, overlays or {})}</div>',
-        f'<script type="importmap">{imports}</script>',
+        *_shell(manifest["title"], _plain(manifest, blocks, overlays or {})),
         f'<script type="application/json" id="manifest">{told}</script>',
-        f'<script type="module">{start}</script>\n',
+        f'<script type="module">{START}</script>\n',
         *(_block(name, chunk) for name, chunk in sorted(blocks.items())),
         '<script type="text/plain" id="end"></script></body></html>\n',
     ]
     return "\n".join(parts).encode()
+
+
+def framed(title: str) -> str:
+    """The page without data, for a frame whose parent brings the answers."""
+    return "\n".join([*_shell(title, ""), f'<script type="module">{START}</script></body></html>\n'])
+
+
+def _shell(title: str, inside: str) -> list[str]:
+    """What comes before the data: style, modules, and a policy that lets nothing else run, and nothing be fetched."""
+    imports = import_map(lambda file: _data("text/javascript", page(file)))
+    policy = (
+        f"default-src 'none'; script-src data: {script_hash(imports)} {script_hash(START)}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; connect-src 'none'; base-uri 'none'; form-action 'none'"
+    )
+    return [
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title>",
+        f"<style>{page('style.css').decode()}</style></head>",
+        f'<body><div id="app">{inside}</div>',
+        f'<script type="importmap">{imports}</script>',
+    ]
 
 
 def _plain(manifest: dict[str, Any], blocks: dict[str, bytes], overlays: Mapping[str, bytes]) -> str:

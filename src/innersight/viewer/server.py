@@ -23,7 +23,7 @@ from urllib.parse import unquote
 from innersight import errors
 from innersight.viewer.answers import MAX_BODY, Answers
 from innersight.viewer.notebook import Page, in_notebook
-from innersight.viewer.report import import_map, modules, opened, page, script_hash
+from innersight.viewer.report import START, import_map, modules, opened, page, script_hash
 from innersight.viewer.session import Session
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 
 ALIVE = 15.0  # seconds between signs of life on a stream
-START = 'import("#app").then((app) => app.start());'
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",

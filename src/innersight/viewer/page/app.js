@@ -93,9 +93,8 @@ function uploader() {
 
 async function send(file) {
   if (!file) return
-  const answer = await fetch('api/inputs', { method: 'POST', headers: { 'Content-Type': 'application/octet-stream', 'X-Name': encodeURIComponent(file.name) }, body: file })
-  const said = await answer.json()
-  if (!answer.ok) { fill(root, failure(new Error(said.error))); return }
+  let said
+  try { said = await source.add(file) } catch (error) { fill(root, failure(error)); return }
   source.manifest.inputs.push(said)
   set({ input: said.id, target: -1, against: -1, pixel: '' })
   render()

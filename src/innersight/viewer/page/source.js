@@ -1,29 +1,34 @@
-// Where answers come from: written into this page (a report), or computed by the server that sent it (live).
+// What a page is told, decoded and kept, whichever way it comes.
 
 import { unpack } from '#codec'
 import { h } from '#dom'
+import { bridged, served, written } from '#ways'
+
+export { Missing } from '#ways'
 
 const KEPT = 256 * 1024 * 1024
 
 export function open() {
   const told = document.getElementById('manifest')
-  if (told) return new Source(JSON.parse(told.textContent), written)
-  return null
+  return told ? new Source(JSON.parse(told.textContent), written) : null
 }
 
 export async function connect() {
-  const answer = await fetch('api/manifest')
-  if (!answer.ok) throw new Error(`the server answered ${answer.status}: reload the page from the address it printed`)
-  return new Source(await answer.json(), served)
+  const way = location.protocol === 'about:' ? await bridged() : served // a frame without an address has no server
+  return new Source(await way.manifest(), way)
 }
 
 class Source {
-  constructor(manifest, raw) {
+  constructor(manifest, way) {
     this.manifest = manifest
-    this.raw = raw
+    this.way = way
     this.live = manifest.live
     this.known = new Map()
     this.size = 0
+  }
+
+  raw(key) {
+    return this.way.get(key)
   }
 
   // The decoded chunk of a key; one request for many who ask at once.
@@ -61,14 +66,14 @@ class Source {
   async job(asked, show) {
     const { id } = await this.ask('jobs', asked)
     return new Promise((done, fail) => {
-      const events = new EventSource(`api/jobs/${id}/events`)
-      const end = (f, value) => { events.close(); f(value) }
       const line = h('progress', { max: 1, value: 0, 'aria-label': 'progress' })
-      show(line, h('button', { type: 'button', onclick: () => end(fail, new Error('cancelled')) }, 'cancel'))
-      events.addEventListener('progress', (e) => { const { done: n, total } = JSON.parse(e.data); line.max = total; line.value = n })
-      events.addEventListener('done', (e) => end(done, JSON.parse(e.data)))
-      events.addEventListener('failed', (e) => end(fail, new Error(JSON.parse(e.data).error)))
-      events.onerror = () => end(fail, new Error('the server does not answer any more'))
+      const leave = this.way.listen(id, (kind, said) => {
+        if (kind === 'progress') { line.max = said.total; line.value = said.done; return }
+        leave()
+        if (kind === 'done') done(said)
+        else fail(new Error(said.error))
+      })
+      show(line, h('button', { type: 'button', onclick: () => { leave(); fail(new Error('cancelled')) } }, 'cancel'))
     })
   }
 
@@ -77,44 +82,17 @@ class Source {
     return createImageBitmap(new Blob([await this.raw(key)]))
   }
 
-  async ask(path, body) {
-    const answer = await fetch(`api/${path}`, {
-      method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body),
-    })
-    const said = await answer.json()
-    if (!answer.ok) throw new Error(said.error || `the server answered ${answer.status}`)
-    return said
+  ask(what, asked) {
+    return this.way.ask(what, asked)
+  }
+
+  // A picture of the user's, as one more; what the manifest would say of it.
+  add(file) {
+    return this.way.add(file)
   }
 }
 
 export function key(kind, ...parts) {
   return [kind, ...parts.map((p) => encodeURIComponent(String(p)).replace(/[!'()*]/g,
     (c) => `%${c.charCodeAt(0).toString(16).toUpperCase()}`))].join('/')
-}
-
-export class Missing extends Error {}
-
-// The page runs while the rest of a large file is still being read, so a block counts once something stands behind it.
-async function written(key) {
-  for (;;) {
-    const block = document.querySelector(`script.chunk[data-key="${CSS.escape(key)}"]`)
-    const whole = document.getElementById('end')
-    if (block && (block.nextElementSibling || whole)) return decode(block.textContent)
-    if (whole) throw new Missing(`this report does not hold ${decodeURIComponent(key)}`)
-    await new Promise((wake) => setTimeout(wake, 30))
-  }
-}
-
-function decode(text) {
-  const binary = atob(text)
-  const bytes = new Uint8Array(binary.length)
-  for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i)
-  return bytes
-}
-
-async function served(key) {
-  const answer = await fetch(`api/get/${key}`)
-  if (answer.ok) return new Uint8Array(await answer.arrayBuffer())
-  const said = await answer.json().catch(() => ({}))
-  throw new (answer.status === 404 ? Missing : Error)(said.error || `the server answered ${answer.status}`)
 }
