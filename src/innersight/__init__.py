@@ -27,6 +27,7 @@ _HOME = {
     "view": "innersight.viewer.server",
     "scan": "innersight.scanning",
     "Scan": "innersight.scanning",
+    "Training": "innersight.scanning.training",
     "InnersightError": "innersight.errors",
 }
 _MODULES = ("errors", "images", "targets", "results", "testing", "methods")
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from innersight.results import load as load
     from innersight.scanning import Scan as Scan
     from innersight.scanning import scan as scan
+    from innersight.scanning.training import Training as Training
     from innersight.viewer.report import report as report
     from innersight.viewer.server import view as view
 
