@@ -583,6 +583,55 @@ def test_data_sets_by_name(shared_data, tmp_path):
         open_data("cifar10", tmp_path)
 
 
+def test_cifar10_by_name(tmp_path, monkeypatch):
+    """A small one in CIFAR's own layout; its sums are put where torchvision keeps those of the real files."""
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    place = tmp_path / "cifar-10-batches-py"
+    place.mkdir()
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (6, 3072), np.uint8)
+
+    def kept(name, content):
+        data = pickle.dumps(content)
+        (place / name).write_bytes(data)
+        return [name, hashlib.md5(data).hexdigest()]
+
+    names = [f"class {i}" for i in range(10)]
+    test = kept("test_batch", {"data": pixels, "labels": [3, 1, 4, 1, 5, 9]})
+    train = [kept(f"data_batch_{i}", {"data": pixels[:2] // i, "labels": [i, i + 1]}) for i in range(1, 6)]
+    meta, digest = kept("batches.meta", {"label_names": names})
+    monkeypatch.setattr(CIFAR10, "test_list", [test])
+    monkeypatch.setattr(CIFAR10, "train_list", train)
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta, "key": "label_names", "md5": digest})
+    source = open_data("cifar10", tmp_path)
+    assert (source.size, source.classes) == (6, tuple(names))
+    image, _, label = source.item(2)
+    assert label == 4
+    assert (image == pixels[2].reshape(3, 32, 32).transpose(1, 2, 0)).all()  # stored by planes
+    more = open_data("cifar10:train", tmp_path)
+    assert [more.item(i)[2] for i in range(more.size)] == [1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
+    (place / "test_batch").write_bytes(b"another file")
+    with pytest.raises(errors.InputError, match="CIFAR-10 is not in"):
+        open_data("cifar10", tmp_path)
+
+
+def test_a_hugging_face_data_set(digits, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pixels, labels = digits[0][:20], digits[1][:20]
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"number {i}" for i in range(10)])}
+    rows = {"image": [Image.fromarray(p) for p in pixels], "label": labels.tolist()}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    source = open_data(data)
+    assert source.classes == tuple(features["label"].names)
+    found = innersight.scan(network(), data, tmp_path / "hf")
+    wanted = innersight.scan(network(), (pixels, labels), tmp_path / "arrays")
+    assert (found.channels("conv1")["mean"] == wanted.channels("conv1")["mean"]).all()
+
+
 def test_labels_find_their_classes(digits, tmp_path):
     """By name in whatever order, by number, by order where the names say nothing; never by chance."""
     pixels, labels = digits
