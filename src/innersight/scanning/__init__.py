@@ -11,6 +11,7 @@ cluster       on many machines, by Ray
 store         counts on disk while they grow; a kill loses next to nothing
 tables        what a finished scan leaves
 reader        `Scan`, which reads it
+training      scans at chosen steps of a training; `change` between two of them, `board` for TensorBoard
 """
 
 from __future__ import annotations

@@ -22,16 +22,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import random
 import re
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +37,10 @@ import numpy as np
 
 from innersight import errors
 from innersight.comparison import Comparison
-from innersight.scanning import store
+from innersight.scanning import board, change, store
 from innersight.scanning.reader import Scan
 
 if TYPE_CHECKING:
-    import pandas
     import torch
 
     from innersight.network import Network
@@ -52,8 +49,6 @@ if TYPE_CHECKING:
 
 MAP_BYTES = 256 << 20
 """Maps of a step are kept of fewer images where they would take more than this."""
-TAGS = {"mean": "mean", "std": "std", "zeros": "share of zeros", "dead": "dead channels", "selectivity": "selectivity"}
-"""What TensorBoard shows of each layer."""
 _PLACE, _PART, _OLD = "step-{:08}", ".step-{:08}.part", ".step-{:08}.old"
 
 
@@ -119,18 +114,18 @@ class Training:
             raise errors.InputError(f"{str(out)!r} is a file; steps are written into a folder")
         with store.plain_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.board: Board | None = None
+        self.board: board.Board | None = None
         if tensorboard:
-            self.board = Board(self.folder / "tensorboard" if tensorboard is True else Path(tensorboard))
+            self.board = board.Board(self.folder / "tensorboard" if tensorboard is True else Path(tensorboard))
         self.scans = self._found()
         self._before = max(self.scans, default=-1)  # of an earlier run
         if not _is_lazy(model):
             self._check()
 
     def __repr__(self) -> str:
-        when = f"every {self.every} steps" if self.steps is None else f"at steps {_listed(sorted(self.steps))}"
-        done = f"scanned: {_listed(list(self.scans))}" if self.scans else "none scanned yet"
-        failed = f", failed: {_listed(list(self.failed))}" if self.failed else ""
+        when = f"every {self.every} steps" if self.steps is None else f"at steps {change.listed(sorted(self.steps))}"
+        done = f"scanned: {change.listed(list(self.scans))}" if self.scans else "none scanned yet"
+        failed = f", failed: {change.listed(list(self.failed))}" if self.failed else ""
         return f"<Training {str(self.folder)!r}: {when}; {done}{failed}>"
 
     # -- while it runs
@@ -320,7 +315,7 @@ class Training:
 
     # -- what changed
 
-    def compare(self, a: int, b: int, images: int = 64, **options: Any) -> Change:
+    def compare(self, a: int, b: int, images: int = 64, **options: Any) -> change.Change:
         """What changed from step `a` to step `b`.
 
         Layers side by side over the first `images` of the data, see `innersight.compare`, which takes the `options`;
@@ -336,8 +331,8 @@ class Training:
             if inputs is None:
                 raise errors.InputError(f"none of the first {images} images of {self.source.name} can be read")
             found = innersight.compare(nets[0], nets[1], inputs, **options)
-        given = {f.name: getattr(found, f.name) for f in fields(Comparison)}
-        return Change(**given, channels=_channels(*scans), scans=(scans[0], scans[1]))
+        same = {f.name: getattr(found, f.name) for f in fields(Comparison)}
+        return change.Change(**same, channels=change.channels(*scans), scans=(scans[0], scans[1]))
 
     def _scan(self, step: int) -> Scan:
         if step not in self.scans:
@@ -439,11 +434,6 @@ def _whole(name: str, value: Any, least: int) -> int:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         raise errors.InputError(f"{name} must be a whole number from {least} on, got {value!r}")
     return int(value)
-
-
-def _listed(steps: Sequence[int]) -> str:
-    shown = steps if len(steps) <= 6 else [*steps[:3], "...", steps[-1]]
-    return ", ".join(map(str, shown))
 
 
 def _first_line(error: BaseException) -> str:
@@ -665,155 +655,3 @@ def _number(label: Any) -> Any:
         return int(value) if isinstance(value, float) and value.is_integer() else value
     hot = values.ndim == 1 and ((values == 0) | (values == 1)).all() and values.sum() == 1
     return int(values.argmax()) if hot else None
-
-
-# --- what changed ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Change(Comparison):
-    """A Comparison of one network at two steps of its training, and what became of its channels.
-
-    channels: a data frame, one row a channel: layer, channel, and mean, std, zeros, fires, selectivity, class, dead of
-              both steps (`mean_a`, `mean_b`, ...), over all of the scanned data; `died`, `revived`
-    scans:    of both steps
-    """
-
-    channels: pandas.DataFrame
-    scans: tuple[Scan, Scan]
-
-    def words(self) -> list[str]:
-        """What was found, a sentence each."""
-        return [*super().words(), *self._answers(), *self._lives(), *self._selectivity(), *self._classes()]
-
-    def _answers(self) -> Iterator[str]:
-        before, after = (scan.manifest["summary"] for scan in self.scans)
-        if before["accuracy"] is not None and after["accuracy"] is not None:
-            yield (
-                f"Of {after['images']:,} images {100 * before['accuracy']:.1f}% were right at a and "
-                f"{100 * after['accuracy']:.1f}% at b."
-            )
-
-    def _lives(self) -> Iterator[str]:
-        for column, said in (("died", "died"), ("revived", "came to life")):
-            named, last = [], None
-            for layer, rows in self.channels[self.channels[column]].groupby("layer", sort=False):
-                which = rows["channel"].tolist()
-                if which != last:  # each once along its way: a ReLU behind a dead channel has one, too
-                    named.append((layer, which))
-                last = which
-            if named:
-                count = sum(len(which) for _, which in named)
-                places = "; ".join(f"{layer} {_listed(which)}" for layer, which in named[:4])
-                more = f" and in {len(named) - 4} more layers" if len(named) > 4 else ""
-                yield f"{count} channel{'s' * (count != 1)} {said}: {places}{more}."
-
-    def _selectivity(self) -> Iterator[str]:
-        means = self.channels.groupby("layer", sort=False)[["selectivity_a", "selectivity_b"]].mean().dropna()
-        if len(means):
-            change = means["selectivity_b"] - means["selectivity_a"]
-            layer = change.abs().idxmax()
-            before, after = means.loc[layer]
-            yield (
-                f"Selectivity (the share of a channel's variance that the class explains) changed most in {layer}, "
-                f"from {before:.2f} to {after:.2f} on average."
-            )
-
-    def _classes(self) -> Iterator[str]:
-        known = self.channels.dropna(subset=["class_a", "class_b"])
-        if len(known):
-            other = int((known["class_a"] != known["class_b"]).sum())
-            yield f"{other} of {len(known)} channels are highest for another class than before."
-
-    def _summary(self) -> dict[str, Any]:
-        return {**super()._summary(), "channels": self.channels.to_dict("records")}
-
-
-def _channels(a: Scan, b: Scan) -> pandas.DataFrame:
-    """The channels of two scans side by side."""
-    keys, kept = ["layer", "channel"], ["mean", "std", "zeros", "fires", "selectivity", "class", "dead"]
-    tables = [with_dead(scan)[[*keys, *kept]] for scan in (a, b)]
-    both = tables[0].merge(tables[1], on=keys, how="inner", suffixes=("_a", "_b"))
-    both = both[[*keys, *(f"{name}_{side}" for name in kept for side in "ab")]]
-    return both.assign(died=both["dead_b"] & ~both["dead_a"], revived=both["dead_a"] & ~both["dead_b"])
-
-
-def with_dead(scan: Scan) -> pandas.DataFrame:
-    """Its channels, with a column that says which have one value for all images or never pass the ReLU behind them."""
-    table = scan.channels()
-    dead = (table["min"] == table["max"]) & (table["cells"] > 1)
-    for finding in scan.findings():
-        for one in finding.items if finding.kind == "dead channels" else ():
-            dead |= (table["layer"] == one["layer"]) & table["channel"].isin(one["channels"])
-    return table.assign(dead=dead)
-
-
-# --- TensorBoard -----------------------------------------------------------------------------------------------------
-
-
-class Board:
-    """Scalars and pictures for TensorBoard, as one file of events.
-
-    Written through the record writer alone: torch's SummaryWriter would load TensorFlow where that is installed, which
-    does not bear every engine of Keras in its process.
-    """
-
-    def __init__(self, folder: Path):
-        errors.need("tensorboard", "training", "writing for TensorBoard")
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        self.event, self.summary = Event, Summary
-        self.folder = folder
-        self.file = folder / f"events.out.tfevents.{int(time.time())}.{os.getpid()}.{id(self):x}.innersight"
-
-    def write(self, found: Scan, maps: FeatureMaps | None, step: int) -> None:
-        """Everything of one step, as one event; all of it or, where OSError is raised, nothing."""
-        values = [self.summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(found)]
-        values += [self._picture(layer, maps[layer][0]) for layer in maps or () if maps and maps[layer].ndim == 4]
-        self._append(self.event(wall_time=time.time(), step=step, summary=self.summary(value=values)))
-
-    def _picture(self, layer: str, maps: np.ndarray) -> Any:
-        """The maps (C, H, W) of the first image in a grid, each on its own scale, as a PNG."""
-        from PIL import Image
-
-        from innersight.draw import color
-
-        each = np.stack([color.paint(m, color.scale(m)) for m in maps[:256]])
-        zoom = max(1, 32 // max(each.shape[1:3]))
-        grid = color.tile(each, color.near_square(len(each), *each.shape[1:3]), zoom=zoom)
-        data = io.BytesIO()
-        Image.fromarray(grid).save(data, "PNG")
-        image = self.summary.Image(
-            height=grid.shape[0], width=grid.shape[1], colorspace=3, encoded_image_string=data.getvalue()
-        )
-        return self.summary.Value(tag=f"maps/{layer}", image=image)
-
-    def _append(self, event: Any) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.file.open("ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                writer = RecordWriter(file)
-                if not size:
-                    writer.write(self.event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-                writer.write(event.SerializeToString())
-            except OSError:  # half a record would hide all that follow
-                file.truncate(size)
-                raise
-
-
-def _scalars(found: Scan) -> Iterator[tuple[str, float]]:
-    """Tag and value: accuracy and loss over the data, and of each layer the mean over its channels."""
-    accuracy = found.manifest["summary"]["accuracy"]
-    if accuracy is not None:
-        yield "accuracy", float(accuracy)
-        yield "loss", float(found.images()["loss"].mean())
-    table = with_dead(found)
-    for layer, rows in table.groupby("layer", sort=False):
-        for name, tag in TAGS.items():
-            value = float(rows[name].mean())
-            if np.isfinite(value):
-                yield f"{tag}/{layer}", value
