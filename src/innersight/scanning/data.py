@@ -370,7 +370,7 @@ def _of_pair(pictures: Any, labels: Any) -> Source:
     if len(pictures) != len(labels):
         raise errors.InputError(f"there are {len(pictures)} images and {len(labels)} labels")
     return Source(
-        "arrays", _a(pictures).partition(" ")[2], len(pictures), item=lambda n: (pictures[n], "", labels[n]),
+        "arrays", "arrays", len(pictures), item=lambda n: (pictures[n], "", labels[n]),
         identity=f"{len(pictures)} images",
     )  # fmt: skip
 
