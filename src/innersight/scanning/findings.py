@@ -353,7 +353,7 @@ def confused(folder: Path) -> Iterator[Finding]:
             "confused classes",
             f"{first['label']} is most often taken for {first['prediction']}",
             f"{first['images']} of {per_class[first['label']]} images ({100 * first['share']:.0f}%), {total} errors in "
-            f"all; next: {'; '.join(_pair(one) for one in wrong[1:4]) or 'none'}",
+            f"all; next: {', '.join(_pair(one) for one in wrong[1:4]) or 'none'}",
             "see the worst errors for what the network took for the difference; more such images of both classes help "
             "most",
             tuple(wrong[:50]),
@@ -361,7 +361,7 @@ def confused(folder: Path) -> Iterator[Finding]:
 
 
 def _pair(one: Mapping[str, Any]) -> str:
-    return f"{one['label']} for {one['prediction']} {one['images']}"
+    return f"{one['label']} for {one['prediction']} ({one['images']})"
 
 
 def reasons(
