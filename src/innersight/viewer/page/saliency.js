@@ -92,7 +92,7 @@ export class SaliencyView {
   }
 
   card(method, entry, target, s, turn) {
-    const article = h('article.saliency', { 'data-method': method }, h('h3', {}, method), busy('computing'))
+    const article = h('article.saliency', { 'data-method': method }, h('h3', {}, method), busy(this.source.live ? 'computing' : 'reading'))
     this.fillCard(article, method, entry, target, s, turn).catch((error) => {
       if (turn === this.turn) fill(article, h('h3', {}, method), failure(error))
     })
