@@ -306,7 +306,8 @@ def view(
     scan:     what `innersight.scan` made of a data set and a network here, as a folder or a Scan, or one for each
     data:     the data set that was scanned, as `innersight.scan` takes it (root= too), to look at its images
 
-    In a notebook nothing is served (a port is what fails there): a `Page` comes back, which holds its data.
+    In a notebook nothing is served (a port is what fails there): a `Page` comes back, which asks the kernel (with
+    innersight[notebook]) or holds its data.
     """
     session = Session(opened(networks), images, target=target, scan=scan, data=data, root=root)
     if in_notebook():
