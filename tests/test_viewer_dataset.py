@@ -127,8 +127,12 @@ def test_a_scan_belongs_to_weights(scan, folder, tmp_path):
         Session([other], scan=scan)
     assert matched([other, opened()], scan.folder)[0] is None
     assert matched([other, opened()], [scan])[1].scan is scan
-    with pytest.raises(errors.InputError, match="other weights"):
+    with pytest.raises(errors.InputError, match="two scans are of the same network"):
         matched([opened()], [scan, scan])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "manifest.json").write_bytes((scan.folder / "manifest.json").read_bytes())
+    with pytest.raises(errors.InputError, match=r"channels\.parquet is missing"):
+        matched([opened()], tmp_path / "broken")
     with pytest.raises(errors.InputError, match="give scan="):
         Session([opened()], data=folder)
     (tmp_path / "a").mkdir()

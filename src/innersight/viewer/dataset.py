@@ -29,6 +29,8 @@ ROWS = 5000  # images that are listed, at most
 PAIRS = 2000  # of label and prediction
 NUMBERS = ("mean", "std", "min", "max", "zeros", "fires", "clipped", "selectivity", "class_mean", "correlation", "q01",
            "median", "q99", "q999")  # fmt: skip
+FILES = ("channels.parquet", "tops.parquet", "images.parquet", "skipped.parquet", "statistics.safetensors",
+         "findings.json")  # fmt: skip
 _LISTED = 20  # layers that a finding names, and channels of each
 
 
@@ -40,6 +42,9 @@ class DataSet:
 
     def __init__(self, scan: Scan, source: Source | None = None):
         scan._check_complete()
+        missing = [name for name in FILES if not (scan.folder / name).is_file()]
+        if missing:
+            raise errors.InputError(f"the scan in {str(scan.folder)!r} is not whole any more: {missing[0]} is missing")
         self.scan = scan
         self.source = None if source is None else _same(scan, source)
         self.classes: list[str] = scan.manifest["plan"]["classes"]
@@ -213,6 +218,10 @@ def matched(networks: Sequence[Network], scans: Any, data: Any = None, root: Any
         scan = one if isinstance(one, Scan) else Scan(one)
         wanted = scan.manifest["network"]["weights"]
         place = next((i for i, h in enumerate(hashes) if h == wanted and found[i] is None), None)
+        if place is None and wanted in hashes:
+            raise errors.InputError(
+                f"two scans are of the same network, {networks[hashes.index(wanted)].name}: give one of each"
+            )
         if place is None:
             raise errors.InputError(
                 f"the scan in {str(scan.folder)!r} is of other weights ({scan.manifest['network']['name']}) than "
