@@ -36,8 +36,8 @@ ALLOWED = {
         "targets",
     },
     "viewer": {
-        "comparison", "draw", "images", "inquiry", "methods", "network", "observe", "results", "storage", "targets",
-        "viewer",
+        "comparison", "draw", "images", "inquiry", "methods", "network", "observe", "results", "scanning", "storage",
+        "targets", "viewer",
     },
 }  # fmt: skip
 
