@@ -140,10 +140,17 @@ def stretched(maps: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def measure(job: Job, s: Subject, rounds: int, least: float, tick: object) -> list[Row]:
-    """`rounds` rounds in which every candidate gets its turn, in an order that changes; see `Row`."""
+    """`rounds` rounds in which every candidate gets its turn, in an order that changes; see `Row`.
+
+    Without rounds it is the call whose values are compared that counts: for what takes minutes.
+    """
     rows, runs = prepare(job, s)
     times: list[list[float]] = [[] for _ in rows]
     timed = [i for i, run in enumerate(runs) if run is not None]
+    if not rounds:
+        for i in timed:
+            rows[i].median = rows[i].best = rows[i].first / rows[timed[0]].first
+        return rows
     repeats = 1
     warm = rows[timed[0]].first < LONG  # a round for warming up, and to learn how long the unit takes
     for r in range(rounds + warm):
@@ -273,7 +280,7 @@ def show(results: Sequence[Result], console: Console) -> None:
 
 def markdown(results: Sequence[Result]) -> str:
     rounds = sorted({r.rounds for r in results})
-    over = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+    over = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0] or 1} to {rounds[-1]}"
     lines = [
         "# Benchmarks",
         "",
@@ -339,7 +346,7 @@ def main() -> None:
     parser.add_argument("--models", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--jobs", help=f"of {', '.join(JOBS)}")
     parser.add_argument("--batches", default="1,8", help="1, 8 or both; 8 is run where it says something")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="0: one call each, for what takes minutes")
     parser.add_argument("--memory", action="store_true", help="each candidate's peak of memory, too")
     parser.add_argument("--log", type=Path, help="a file of results, which is gone on with")
     parser.add_argument("--out", type=Path, help="a Markdown file for the tables")
